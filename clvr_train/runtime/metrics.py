@@ -1,0 +1,135 @@
+"""The log of a run: `metrics.jsonl` first, Weights & Biases as a mirror that can never stop the run."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from clvr_train.runtime.files import write_atomic
+
+FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Appends one JSON line a call of `log` to `<folder>/metrics.jsonl`; use it as a context manager.
+
+    Args:
+        folder: the run's folder; made if it is missing.
+        resume_step: the step of the checkpoint that the run goes on from: later lines are dropped, as they
+            will be written again. `None` starts a new log.
+        wandb: keyword arguments of `wandb.init`, or `None` for no mirror.
+    """
+
+    def __init__(
+        self, folder: Path, resume_step: int | None = None, wandb: dict[str, Any] | None = None
+    ) -> None:
+        self._path = Path(folder) / FILE
+        self._resume_step = resume_step
+        self._wandb = wandb
+        self._file: TextIO | None = None
+        self._mirror: _Mirror | None = None
+
+    def __enter__(self) -> "Metrics":
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if self._resume_step is None else _lines(self._path)
+        lines = [line for line in kept if json.loads(line)["step"] <= self._resume_step]
+        write_atomic(self._path, "".join(lines))
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._wandb is not None:
+            self._mirror = _Mirror(self._wandb)
+        return self
+
+    def log(self, step: int, **values: float) -> None:
+        """Write `{"step": step, **values}`. A value that is not finite becomes null: JSON has no NaN.
+
+        Raises:
+            RuntimeError: called outside of `with`.
+        """
+        if self._file is None:
+            raise RuntimeError("Metrics.log was called outside of `with Metrics(...)`")
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {"step": step} | {
+            name: value if math.isfinite(value) else None for name, value in numbers.items()
+        }
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._mirror is not None:
+            self._mirror.log(step, numbers)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._mirror is not None:
+            self._mirror.finish(failed=kind is not None)
+            self._mirror = None
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's log in order, null as NaN; a last line that a kill cut short is left out.
+
+    Raises:
+        FileNotFoundError: the folder has no log.
+        ValueError: a line that is not the last one is damaged; names the file and the line.
+    """
+    path = Path(folder) / FILE
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such log")
+    rows = [json.loads(line) for line in _lines(path)]
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
+
+
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a log, each a JSON object with a step."""
+    if not path.exists():
+        return []
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+    for number, line in enumerate(lines, start=1):
+        try:
+            json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: step: not a JSON object with a step ({error})") from error
+    return lines
+
+
+class _Mirror:
+    """Weights & Biases: the first failure is logged and ends the mirror, not the run."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._run = None
+        try:
+            import wandb  # imported only where it is wanted: it takes a second and is optional
+        except ImportError as error:
+            self._give_up(error)
+            return
+        self._failures = (wandb.Error, OSError, RuntimeError, ValueError)
+        try:
+            self._run = wandb.init(**options)
+        except self._failures as error:
+            self._give_up(error)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(values, step=step)
+            except self._failures as error:
+                self._give_up(error)
+
+    def finish(self, failed: bool) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=int(failed))
+            except self._failures as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        logger.warning("wandb is off for the rest of this run (metrics.jsonl goes on): %s", error)
