@@ -94,8 +94,10 @@ def _comparisons(goal: Goal, scene: Scene, thing: Thing, edit: Edit, rng: Random
         field = "colour" if edit.kind == "recolour" else "shape"
         alike = [s for s, spec in enumerate(slots.specs) if getattr(spec, field) == edit.value]
         seen = [other for other in others if getattr(other, field) == edit.value]
-        words += [f"give it the {field} of {write_ordinal(rng.choice(alike), len(slots.specs), rng)}"] * bool(alike)
-        words += [f"give it the {field} of {short_ref(rng.choice(seen), scene, rng)}"] * bool(seen)
+        if alike:
+            words.append(f"give it the {field} of {write_ordinal(rng.choice(alike), len(slots.specs), rng)}")
+        if seen:
+            words.append(f"give it the {field} of {short_ref(rng.choice(seen), scene, rng)}")
     if edit.kind == "move":
         words += [f"move it {place}" for place in _beside_others(edit.value, others, scene, rng)]
     return words

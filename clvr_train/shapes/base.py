@@ -1,0 +1,79 @@
+"""What the small models are first trained on: captions for the drawing model, texts for the tokenizer and encoder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from clvr_train.shapes.controller import make_trajectories, mutate
+from clvr_train.shapes.edits import write_edits
+from clvr_train.shapes.goals import sample_goals, train_scene
+from clvr_train.shapes.language import describe, goal_of, list_things, parse_goal
+from clvr_train.shapes.layout import repair, sample_scene
+from clvr_train.shapes.world import Scene
+
+KINDS = ("description", "goal", "edit")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A text and the scene that it asks for; for an edit, `source` is the scene of the one reference image."""
+
+    kind: str
+    text: str
+    scene: Scene
+    source: Scene | None = None
+
+
+def captions(n: int, seed: int, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Iterator[Caption]:
+    """`n` random captions of three kinds: full descriptions, plain goals, edits with one reference.
+
+    Goals and descriptions are of the train split only, so no held-out goal is ever seen.
+
+    Args:
+        weights: of the kinds "description", "goal", "edit".
+    """
+    rng = Random(f"captions {seed}")
+    goals = iter(sample_goals("train", n, seed))
+    makers = {"description": _description, "edit": _edit, "goal": lambda _: _goal(next(goals), rng)}
+    for kind in rng.choices(KINDS, weights, k=n):
+        yield makers[kind](rng)
+
+
+def _description(rng: Random) -> Caption:
+    """The full description, now and then in the compact form that reports use."""
+    scene = train_scene(rng)
+    return Caption("description", describe(scene) if rng.random() < 0.7 else list_things(scene), scene)
+
+
+def _goal(text: str, rng: Random) -> Caption:
+    scene = sample_scene(parse_goal(text), rng)
+    return Caption("goal", text, tuple(sorted(scene, key=lambda thing: thing.cell)))
+
+
+def _edit(rng: Random) -> Caption:
+    """One edit that leads from a random scene to a slightly different one."""
+    while True:
+        target = train_scene(rng)
+        source = tuple(sorted(mutate(target, rng), key=lambda thing: thing.cell))
+        edits = repair(goal_of(target), source, rng)
+        if source and len(edits) == 1:
+            return Caption("edit", write_edits(edits), target, source)
+
+
+def corpus(n: int, seed: int) -> Iterator[str]:
+    """At least `n` texts of every kind the models meet: goals, captions, and the reasonings of trajectories."""
+    yield from (caption.text for caption in captions(n // 2, seed))
+    count = n // 2
+    written = 0
+    for trajectory in make_trajectories(max(1, count), seed):
+        for text in (trajectory.goal, *(step.reasoning for step in trajectory.steps)):
+            yield text
+            written += 1
+        if written >= count:
+            return
+
+
+def vocabulary() -> list[str]:
+    """Every word of the world, sorted: what a word-level tokenizer must know (a sample of the corpus holds them all)."""
+    words = {word for text in corpus(8000, 0) for word in text.split()}
+    return sorted(words)
