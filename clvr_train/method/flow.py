@@ -43,7 +43,7 @@ def guided(v_cond: Tensor, v_uncond: Tensor, scale: float) -> Tensor:
 def shift_time(t: Tensor, mu: float) -> Tensor:
     """Exponential time shift `e^mu / (e^mu + 1/t - 1)`: mu > 0 moves t towards noise; 0 and 1 stay."""
     odds = math.exp(mu) * t
-    return odds / (odds + 1 - t)
+    return odds / (odds + (1 - t))
 
 
 def linear_mu(num_tokens: int) -> float:

@@ -43,8 +43,8 @@ def _branch_error(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, weighting: str)
 def nft_loss(
     v: Tensor,
     v_old: Tensor,
-    x_t: Tensor,
     x0: Tensor,
+    x_t: Tensor,
     t: Tensor,
     r: Tensor,
     *,
@@ -56,6 +56,7 @@ def nft_loss(
 
     Args:
         v, v_old: velocities of the policy and of the sampling policy at `x_t`, (batch, tokens, channels).
+        x0: the rollouts. x_t: the points on the lines from them to noise, of the same shape.
         t: times, (batch,), above 0. r: optimality, (batch,), in [0, 1].
 
     Raises:

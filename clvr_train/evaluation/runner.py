@@ -1,0 +1,75 @@
+"""Scores of a system on a list of goals, with intervals: by tag, by number of objects, with network evaluations."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from PIL.Image import Image
+
+from clvr_train.method.statistics import mean_se, wilson
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One prompt of a benchmark; `level` is its number of objects."""
+
+    id: str
+    tag: str
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a system made of a goal. `rounds` counts images drawn, `nfe` network evaluations, `stop` says why it ended."""
+
+    id: str
+    tag: str
+    level: int
+    goal: str
+    passed: bool
+    score: float
+    rounds: int
+    nfe: int
+    seconds: float
+    stop: str = ""
+
+
+Grade = Callable[[str, Image], tuple[bool, float]]
+
+
+def outcome(goal: Goal, image: Image | None, grade: Grade, **facts) -> Outcome:
+    """Grades the final image of a goal; no image fails with score 0."""
+    passed, score = (False, 0.0) if image is None else grade(goal.text, image)
+    return Outcome(goal.id, goal.tag, goal.level, goal.text, bool(passed), float(score), **facts)
+
+
+def summarise(outcomes: Sequence[Outcome], *, steps: int, cfg: float, mode: str) -> dict:
+    """The row of a system: pass rate with Wilson's 95 % interval, mean partial score, tags, levels, NFEs, seconds."""
+    if not outcomes:
+        raise ValueError("no outcomes to summarise")
+    n, passes = len(outcomes), sum(o.passed for o in outcomes)
+    mean, se = mean_se([o.score for o in outcomes])
+    return {
+        "pass_rate": passes / n,
+        "mean_score": mean,
+        "mean_score_se": se,
+        "ci95": list(wilson(passes, n)),
+        "n": n,
+        "steps": steps,
+        "cfg": cfg,
+        "mode": mode,
+        "tags": {tag: _rate([o for o in outcomes if o.tag == tag]) for tag in dict.fromkeys(o.tag for o in outcomes)},
+        "levels": {str(k): _rate([o for o in outcomes if o.level == k]) for k in sorted({o.level for o in outcomes})},
+        "nfe_per_goal": sum(o.nfe for o in outcomes) / n,
+        "rounds_per_goal": sum(o.rounds for o in outcomes) / n,
+        "seconds_per_goal": sum(o.seconds for o in outcomes) / n,
+    }
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[dict]:
+    return [asdict(o) for o in outcomes]
+
+
+def _rate(outcomes: Sequence[Outcome]) -> dict:
+    passes, n = sum(o.passed for o in outcomes), len(outcomes)
+    return {"pass_rate": passes / n, "n": n, "ci95": list(wilson(passes, n))}

@@ -1,0 +1,108 @@
+"""LoRA policies on one set of base weights: `policy` is trained, `old` draws the rollouts, none is the reference (SFT)."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig
+from torch import Tensor
+
+from clvr_train.runtime.files import publish_folder
+
+POLICY, OLD = "policy", "old"
+
+# Every linear layer of both block types. `to_out` is a ModuleList in double blocks and a plain Linear in single ones, so
+# a list of suffixes would miss the latter: a full match over the path is needed.
+LORA_TARGETS = (
+    r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out))"
+)
+
+
+def expected_lora_layers(transformer: Flux2Transformer2DModel) -> int:
+    """12 linear layers a double block and 2 a single block: 100 on Klein 4B, 144 on 9B."""
+    return 12 * len(transformer.transformer_blocks) + 2 * len(transformer.single_transformer_blocks)
+
+
+def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int, seed: int) -> None:
+    """Adds the adapters `policy` and `old`, equal at the start (B = 0: both are the SFT model).
+
+    Raises:
+        RuntimeError: if LoRA did not reach every linear layer of every block.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=POLICY)
+    transformer.add_adapter(config, adapter_name=OLD)
+    reached = len(adapter_weights(transformer, POLICY)) // 2
+    if reached != expected_lora_layers(transformer):
+        raise RuntimeError(f"LoRA reached {reached} layers, expected {expected_lora_layers(transformer)}")
+    for slow, fast in zip(parameters(transformer, OLD), parameters(transformer, POLICY), strict=True):
+        slow.data.copy_(fast.data)
+        slow.requires_grad_(False)
+        fast.requires_grad_(True)
+    transformer.set_adapter(POLICY)
+
+
+def adapter_weights(transformer: torch.nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The LoRA parameters of one adapter by name, the adapter's name left out."""
+    return {
+        name.replace(f".{adapter}.weight", ".weight"): parameter
+        for name, parameter in transformer.named_parameters()
+        if f".{adapter}.weight" in name
+    }
+
+
+def parameters(transformer: torch.nn.Module, adapter: str) -> list[torch.nn.Parameter]:
+    """The LoRA parameters of one adapter, in a fixed order."""
+    return list(adapter_weights(transformer, adapter).values())
+
+
+@contextmanager
+def use(transformer: Flux2Transformer2DModel, adapter: str | None) -> Iterator[None]:
+    """Within the block the transformer is that policy (None: adapters off, the reference); afterwards `policy` again."""
+    requires_grad = [(p, p.requires_grad) for name in (POLICY, OLD) for p in parameters(transformer, name)]
+    if adapter is None:
+        transformer.disable_adapters()
+    else:
+        transformer.set_adapter(adapter)
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+        transformer.set_adapter(POLICY)
+        for parameter, value in requires_grad:  # peft switches requires_grad along with the active adapter
+            parameter.requires_grad_(value)
+
+
+def fold(transformer: Flux2Transformer2DModel, adapter: str = POLICY) -> dict[str, Tensor]:
+    """The state dict of the plain transformer with one adapter folded in: `W + scale B A`, in float32."""
+    state: dict[str, Tensor] = {}
+    for name, module in transformer.named_modules():
+        if adapter in getattr(module, "lora_A", {}):
+            a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
+            weight = module.base_layer.weight
+            state[f"{name}.weight"] = (weight.float() + module.scaling[adapter] * (b @ a)).to(weight.dtype)
+    for name, tensor in transformer.state_dict().items():
+        if "lora_" not in name:
+            state.setdefault(name.replace(".base_layer.", "."), tensor)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def plain_copy(transformer: Flux2Transformer2DModel, state: dict[str, Tensor]) -> Flux2Transformer2DModel:
+    """A transformer of the same configuration without adapters, with the weights of `fold`."""
+    copy = Flux2Transformer2DModel.from_config(transformer.config).to(transformer.device, transformer.dtype)
+    copy.load_state_dict(state)
+    return copy
+
+
+def save_lora(transformer: Flux2Transformer2DModel, adapter: str, folder: Path) -> None:
+    """Writes one adapter in the `diffusers` LoRA format, which `Flux2KleinPipeline.load_lora_weights` reads."""
+    staging = folder.with_name(folder.name + ".staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    transformer.save_lora_adapter(staging, adapter_name=adapter, weight_name="pytorch_lora_weights.safetensors")
+    publish_folder(staging, folder)

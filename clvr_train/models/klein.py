@@ -1,0 +1,178 @@
+"""FLUX.2 Klein through diffusers: load, check the kind, latents, position ids, velocity, save.
+
+Layout follows `Flux2KleinPipeline` (diffusers 0.42.1, pipelines/flux2/pipeline_flux2_klein.py): text tokens first, then
+the target (T = 0), then reference i (T = 10 + 10 i); the prediction is cropped to the target's tokens. A test holds
+parity with that pipeline.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from torch import Tensor
+
+from clvr_train.runtime.files import publish_folder
+
+KINDS = ("base", "distilled")
+REFERENCE_TIME = 10  # T offset of the first reference and step between references
+
+
+@dataclass
+class Klein:
+    """The parts of a Klein pipeline and the two choices that upstream passes at every call.
+
+    `window` is the number of text tokens (512 upstream), `layers` the hidden states that are stacked (9, 18, 27).
+    """
+
+    folder: Path
+    transformer: Flux2Transformer2DModel
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    tokenizer: object
+    distilled: bool
+    window: int
+    layers: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def token_px(self) -> int:
+        """Side of the square of pixels that one token covers: VAE stages, then 2 x 2 patches."""
+        return 2 ** len(self.vae.config.block_out_channels)
+
+    def grid(self, size_px: tuple[int, int]) -> tuple[int, int]:
+        """Tokens (rows, columns) of an image of (height, width) px."""
+        return size_px[0] // self.token_px, size_px[1] // self.token_px
+
+
+def check_kind(folder: Path, expect: str | None) -> bool:
+    """Reads `model_index.json` and returns whether the pipeline is distilled.
+
+    Raises:
+        FileNotFoundError: no such folder, or no `model_index.json` in it.
+        ValueError: another pipeline class, or not of the kind `expect` (`base`, `distilled`, or None for either).
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index}: not found; expected a diffusers folder of a FLUX.2 Klein pipeline")
+    try:
+        config = json.loads(index.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{index}: not JSON ({error})") from error
+    if config.get("_class_name") != "Flux2KleinPipeline":
+        raise ValueError(f"{index}: _class_name is {config.get('_class_name')!r}, expected 'Flux2KleinPipeline'")
+    distilled = bool(config.get("is_distilled", False))
+    if expect is not None and distilled != (expect == "distilled"):
+        kind = KINDS[distilled]
+        reason = "; train the base and merge the distillation delta afterwards" if distilled else ""
+        raise ValueError(f"{folder}: is_distilled is {distilled}: this is a {kind} model, a {expect} one is needed{reason}")
+    return distilled
+
+
+def load_klein(
+    folder: str | Path,
+    *,
+    expect: str | None,
+    window: int,
+    layers: Sequence[int],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Klein:
+    """Loads a Klein folder from disk (never from a hub); encoder and VAE are frozen. Raises as `check_kind`."""
+    folder = Path(folder)
+    distilled = check_kind(folder, expect)
+    try:
+        pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(f"{folder}: incomplete model folder ({str(error).splitlines()[0]})") from error
+    pipe.to(device)
+    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        part.requires_grad_(False).eval()
+    return Klein(folder, pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, distilled, window, tuple(layers))
+
+
+def save_klein(source: Path, transformer: Flux2Transformer2DModel, target: Path, *, distilled: bool = False) -> None:
+    """Writes a whole Klein folder: the transformer given, every other part copied from `source`; nothing half-written."""
+    staging = target.with_name(target.name + ".staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging, ignore=shutil.ignore_patterns("transformer", "README.md"))
+    transformer.save_pretrained(staging / "transformer", safe_serialization=True)
+    index = json.loads((staging / "model_index.json").read_text())
+    index["is_distilled"] = distilled
+    (staging / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    publish_folder(staging, target)
+
+
+def patchify(z: Tensor) -> Tensor:
+    """2 x 2 patches: (B, C, H, W) -> (B, 4 C, H/2, W/2), channel order as upstream."""
+    b, c, h, w = z.shape
+    return z.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
+
+
+def unpatchify(z: Tensor) -> Tensor:
+    """The inverse of `patchify`."""
+    b, c, h, w = z.shape
+    return z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, h * 2, w * 2)
+
+
+def _latent_scale(vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    mean = vae.bn.running_mean.view(1, -1, 1, 1)
+    return mean, torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+
+
+@torch.no_grad()
+def encode_images(klein: Klein, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] -> normalised tokens (B, H/px * W/px, channels), the mode of the VAE."""
+    z = klein.vae.encode(pixels.to(klein.device, klein.vae.dtype)).latent_dist.mode()
+    mean, std = _latent_scale(klein.vae)
+    return ((patchify(z) - mean) / std).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def decode_tokens(klein: Klein, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Normalised tokens (B, rows * columns, channels) -> pixels (B, 3, H, W), about [-1, 1]."""
+    z = tokens.to(klein.vae.dtype).transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
+    mean, std = _latent_scale(klein.vae)
+    return klein.vae.decode(unpatchify(z * std + mean), return_dict=False)[0]
+
+
+@torch.no_grad()
+def encode_text(klein: Klein, texts: Sequence[str]) -> Tensor:
+    """Stacked hidden states of the chat-formatted texts, (B, window, len(layers) * width), padded to the window."""
+    return Flux2KleinPipeline._get_qwen3_prompt_embeds(
+        klein.text_encoder,
+        klein.tokenizer,
+        list(texts),
+        device=klein.device,
+        dtype=klein.transformer.dtype,
+        max_sequence_length=klein.window,
+        hidden_states_layers=list(klein.layers),
+    )
+
+
+def count_tokens(klein: Klein, text: str) -> int:
+    """Tokens of a text as the encoder sees it, chat template included."""
+    chat = [{"role": "user", "content": text}]
+    formatted = klein.tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    return len(klein.tokenizer(formatted)["input_ids"])
+
+
+def image_ids(target: tuple[int, int], references: Sequence[tuple[int, int]]) -> Tensor:
+    """Position ids (N, 4) over the axes T, H, W, L of the target's tokens, then of each reference's."""
+    grids = [(0, target), *((REFERENCE_TIME * (1 + i), grid) for i, grid in enumerate(references))]
+    axes = [(torch.tensor([t]), torch.arange(h), torch.arange(w), torch.arange(1)) for t, (h, w) in grids]
+    return torch.cat([torch.cartesian_prod(*a) for a in axes])
+
+
+def text_ids(window: int) -> Tensor:
+    """Position ids (window, 4) of text tokens: only L counts up."""
+    zero = torch.zeros(1, dtype=torch.long)
+    return torch.cartesian_prod(zero, zero, zero, torch.arange(window))

@@ -1,0 +1,83 @@
+"""Euler sampling of Klein with classifier-free guidance, for rollouts, closed loops and evaluation."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clvr_train.data.images import to_image
+from clvr_train.method.flow import guided, inference_times
+from clvr_train.method.trajectory import Sample
+from clvr_train.models.conditioning import Conditioner, Conditioning, by_bucket, predict_velocity
+from clvr_train.models.klein import decode_tokens
+from clvr_train.runtime.seeding import generator
+
+
+class Sampler:
+    """Draws the images of samples; each image depends on its sample and its seed, not on the batch.
+
+    Args:
+        steps: Euler steps. cfg: guidance scale, 1 for none (a distilled model takes only 1).
+        batch: most images in one forward.
+
+    Counter: `nfe`, network evaluations so far, an image and a branch of guidance counting as one each.
+    """
+
+    def __init__(self, conditioner: Conditioner, *, steps: int, cfg: float, batch: int = 32) -> None:
+        if conditioner.klein.distilled and cfg > 1:
+            raise ValueError(f"cfg={cfg}: a distilled model takes no guidance, use cfg=1")
+        self.conditioner = conditioner
+        self.steps, self.cfg, self.batch = steps, cfg, batch
+        self.nfe = 0
+
+    @property
+    def nfe_per_image(self) -> int:
+        return self.steps * (2 if self.cfg > 1 else 1)
+
+    @torch.no_grad()
+    def latents(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> Tensor:
+        """The tokens `x0` of every sample, (len(samples), N, C), float32, in the order given."""
+        if len(samples) != len(seeds):
+            raise ValueError(f"{len(samples)} samples and {len(seeds)} seeds")
+        result: dict[int, Tensor] = {}
+        for indices in by_bucket(self.conditioner, samples, self.batch):
+            cond = self.conditioner.batch([samples[i] for i in indices])
+            noise = torch.stack([self.noise(seeds[i], cond) for i in indices])
+            for i, x0 in zip(indices, self.denoise(noise, cond), strict=True):
+                result[i] = x0
+        return torch.stack([result[i] for i in range(len(samples))])
+
+    def noise(self, seed: tuple, cond: Conditioning) -> Tensor:
+        """Initial noise (N, C) of one image, a function of its seed alone."""
+        channels = self.conditioner.klein.transformer.config.in_channels
+        return torch.randn(cond.num_target, channels, generator=generator("noise", *seed))
+
+    @torch.no_grad()
+    def denoise(self, noise: Tensor, cond: Conditioning) -> Tensor:
+        """Integrates from noise (B, N, C) at t = 1 to t = 0."""
+        transformer = self.conditioner.klein.transformer
+        times = inference_times(cond.num_target, self.steps).to(transformer.device)
+        without = self.conditioner.without_text(cond) if self.cfg > 1 else None
+        x = noise.to(transformer.device)
+        for now, after in zip(times[:-1], times[1:], strict=True):
+            t = now.expand(x.shape[0])
+            v = predict_velocity(transformer, x, t, cond)
+            if without is not None:
+                v = guided(v, predict_velocity(transformer, x, t, without), self.cfg)
+            x = (x.float() + (after - now) * v.float()).to(x.dtype)
+        self.nfe += x.shape[0] * self.nfe_per_image
+        return x
+
+    def decode(self, x0: Tensor) -> list[Image.Image]:
+        """Images of tokens (B, N, C)."""
+        grid = self.conditioner.grid
+        return [
+            to_image(pixels)
+            for chunk in x0.split(self.batch)
+            for pixels in decode_tokens(self.conditioner.klein, chunk, grid).float().cpu()
+        ]
+
+    def draw(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> list[Image.Image]:
+        """The images of the samples, in the order given."""
+        return self.decode(self.latents(samples, seeds)) if samples else []

@@ -1,0 +1,44 @@
+"""What several recipes build from the same config groups: models, samples, judges."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.method.trajectory import Sample
+from clvr_train.method.truncation import truncate
+from clvr_train.models.conditioning import Conditioner
+from clvr_train.models.klein import Klein, load_klein
+from clvr_train.shapes.base import captions
+from clvr_train.shapes.render import render
+
+
+def build_klein(model: DictConfig, expect: str | None, folder: str | Path | None = None) -> Klein:
+    """The Klein model of a `model` group, from `folder` if given; `expect` is `base`, `distilled` or None for either."""
+    return load_klein(
+        folder or model.folder, expect=expect, window=model.window, layers=model.layers, device=model.device
+    )
+
+
+def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
+    return Conditioner(klein, tuple(model.size_px))
+
+
+def read_samples(folder: str | Path, limit: int | None = None) -> list[Sample]:
+    """Every truncation of every trajectory of a folder (of the first `limit` trajectories)."""
+    samples: list[Sample] = []
+    for count, trajectory in enumerate(read_trajectories(Path(folder)), start=1):
+        samples += truncate(trajectory)
+        if count == limit:
+            break
+    return samples
+
+
+def caption_samples(num: int, seed: int) -> list[Sample]:
+    """Caption and single-edit pairs of the shapes world as samples without reasoning, for training a base model."""
+    samples = []
+    for number, caption in enumerate(captions(num, seed)):
+        references = () if caption.source is None else (render(caption.source),)
+        step = 1 + len(references)
+        samples.append(Sample(f"caption-{seed}-{number}", step, caption.text, (), references, render(caption.scene)))
+    return samples

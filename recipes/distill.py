@@ -1,0 +1,58 @@
+"""Distils a base model into few unguided steps, as the published distilled checkpoints are (stand-in for them on shapes).
+
+Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}. To resume, run the same command again.
+"""
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from clvr_train.data.batches import Order
+from clvr_train.models.klein import save_klein
+from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
+from clvr_train.runtime.engine import Engine
+from clvr_train.runtime.metrics import Metrics
+from clvr_train.sft.distill import backward_distillation
+from recipes._build import build_conditioner, build_klein, caption_samples
+from recipes._recipe import recipe, run_folder
+
+
+@recipe("distill")
+def main(cfg: DictConfig) -> None:
+    run = run_folder(cfg)
+    klein = build_klein(cfg.model, expect="base")
+    teacher = build_klein(cfg.model, expect="base").transformer
+    samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)
+    conditioner = build_conditioner(klein, cfg.model)
+    conditioner.prime(samples)
+    student = klein.transformer.requires_grad_(True).train()
+    engine = Engine(student.parameters(), lr=cfg.train.lr, total_steps=cfg.train.steps, clip=cfg.train.clip)
+    saved = load_latest(run / "checkpoints")
+    if saved is not None:
+        _, tensors, state = saved
+        student.load_state_dict({n: tensors[f"model.{n}"] for n in student.state_dict()})
+        engine.restore(tensors, state)
+    order = Order(len(samples), cfg.train.batch, cfg.seed)
+    with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
+        for step in tqdm(range(engine.steps, cfg.train.steps), desc="distill", initial=engine.steps, total=cfg.train.steps):
+            drawn = order.batch(step)
+            batch = [samples[index] for _, index in drawn]
+            loss = backward_distillation(
+                conditioner,
+                teacher,
+                batch,
+                [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in zip(drawn, batch, strict=True)],
+                steps=cfg.train.student_steps,
+                cfg=cfg.train.cfg,
+                substeps=cfg.train.substeps,
+                micro_batch=cfg.train.batch,
+            )
+            metrics.log(engine.steps + 1, loss=loss, **engine.step())
+            if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
+                tensors, state = engine.state()
+                weights = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
+                save_checkpoint(run / "checkpoints", engine.steps, weights | tensors, state)
+    save_klein(klein.folder, student, run / "model", distilled=True)
+
+
+if __name__ == "__main__":
+    main()
