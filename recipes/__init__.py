@@ -1,0 +1,1 @@
+"""One script a stage; importable so that tests call what people call."""

@@ -1,0 +1,178 @@
+"""How a recipe meets Hydra: checked keys, errors in one line, runs that have a name and can be resumed."""
+
+import functools
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from urllib.parse import quote
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from clvr_train.runtime.files import write_atomic
+from recipes._config import ConfigError, check_command, help_text, parse, pinned
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+EXPECTED = (ValueError, OSError, MissingMandatoryValue)  # the user's to mend; anything else shows a traceback
+RESUME = "run the same command again to go on"
+
+# Runs are named by `run`, so Hydra makes no folders, changes no directory and configures no log of its own.
+HYDRA = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra.job.chdir=false",
+    "hydra.sweep.dir='runs/${run}'",
+    "hydra.sweep.subdir=.",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], None]], Callable[..., None]]:
+    """Turn `fn(cfg)` into a command whose root config is `<conf>/<name>.yaml`.
+
+    The command is called without arguments by `python recipes/<name>.py`, or with a list of command-line
+    arguments. It returns when all jobs are done; what ends it early is a `SystemExit`: 1 after a one-line
+    `error: ...` (in a sweep, once the other jobs are done), 130 after Ctrl-C, 143 after SIGTERM. With
+    `CLVR_TRACEBACK=1` an expected error shows its traceback too.
+    """
+
+    def decorate(fn: Callable[[DictConfig], None]) -> Callable[..., None]:
+        @functools.wraps(fn)
+        def command(argv: list[str] | None = None) -> None:
+            arguments = sys.argv[1:] if argv is None else list(argv)
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            before = signal.signal(signal.SIGTERM, _terminate)
+            try:
+                args = get_args_parser().parse_intermixed_args(arguments)
+                for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+                    if getattr(args, flag):
+                        raise ConfigError(f"--{flag.replace('_', '-')}: a recipe reads conf/{name}.yaml only")
+                jobs = check_command(name, conf, args.overrides, args.multirun)
+                if args.help:
+                    doc = sys.modules[fn.__module__].__doc__ or fn.__doc__ or ""
+                    sys.stdout.write(help_text(name, conf, doc, jobs[0]))
+                else:
+                    missing = sorted({key for job in jobs for key in OmegaConf.missing_keys(job)})
+                    if missing and not (args.cfg or args.info):
+                        raise ConfigError(f"{name} needs {', '.join(f'{key}=...' for key in missing)}")
+                    # Hydra wants overrides in one piece; here they may stand on both sides of a flag.
+                    flags = [argument for argument in arguments if argument not in args.overrides]
+                    ours = [*HYDRA, f"hydra.job.name={name}"]
+                    _run(fn, name, conf, [*ours, *args.overrides, *flags], args.overrides)
+            except KeyboardInterrupt:
+                sys.stderr.write(f"\ninterrupted; {RESUME}\n")
+                raise SystemExit(130) from None
+            except (*EXPECTED, HydraException) as error:
+                _report(error)
+                raise SystemExit(1) from None
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+        return command
+
+    return decorate
+
+
+def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
+    """`runs/<cfg.run>/`, made if missing, with the run's `config.yaml` (interpolations kept, so no secrets).
+
+    Args:
+        may_change: dotted keys to which a later command on the same run may give another value, say
+            `train.steps`.
+
+    Raises:
+        ConfigError: the name is empty or leaves `runs/`, or the folder was made with another config.
+    """
+    if not cfg.run or ".." in Path(cfg.run).parts:
+        raise ConfigError(f"run: {cfg.run!r} is not a name for a folder under runs/")
+    folder = Path("runs") / cfg.run
+    file = folder / "config.yaml"
+    text = OmegaConf.to_yaml(cfg, resolve=False)
+    if file.exists():
+        old, new = dict(_leaves(OmegaConf.load(file))), dict(_leaves(OmegaConf.create(text)))
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        changed = [key for key in changed if key not in may_change]
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{file}: this run was made with {key}={old.get(key)} and is now asked for {new.get(key)}"
+                f" (keys that differ: {', '.join(changed)}); choose another run=... or remove the folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text)
+    return folder
+
+
+def _run(
+    fn: Callable[[DictConfig], None], name: str, conf: Path, arguments: list[str], overrides: list[str]
+) -> None:
+    failed: list[str] = []
+    fixed = {pinned(override) for override in parse(overrides) if not override.is_sweep_override()}
+
+    @functools.wraps(fn)
+    def job(cfg: DictConfig) -> None:
+        swept = []
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            swept = [text for text in HydraConfig.get().overrides.task if text not in fixed]
+            if swept:
+                cfg.run = f"{cfg.run}/{_folder_name(swept)}"
+        try:
+            fn(cfg)
+        except (
+            EXPECTED
+        ) as error:  # kept from Hydra, which would write more lines and end a sweep's report early
+            _report(error, prefix=" ".join(swept))
+            failed.append(cfg.run)
+
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
+    try:
+        hydra.main(version_base=None, config_path=str(conf.resolve()), config_name=name)(job)()
+    finally:
+        sys.argv = argv
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+    if failed:
+        raise SystemExit(1)
+
+
+def _folder_name(overrides: list[str]) -> str:
+    """The overrides as one folder name; a long one is cut and gets a hash (file systems allow 255)."""
+    name = quote(",".join(sorted(overrides)), safe="=,.+-_[]{}: ")
+    return name if len(name) <= 200 else f"{name[:180]}-{sha256(name.encode()).hexdigest()[:12]}"
+
+
+def _report(error: BaseException, prefix: str = "") -> None:
+    if os.environ.get("CLVR_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    message = " ".join(str(error).split()) or type(error).__name__
+    sys.stderr.write(f"error: {f'[{prefix}] ' if prefix else ''}{message}\n")
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    sys.stderr.write(f"terminated; {RESUME}\n")
+    raise SystemExit(128 + signum)
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    plain = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+    if isinstance(plain, dict) and plain:
+        for key, value in plain.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, plain
