@@ -1,0 +1,36 @@
+# Two commands matter: `make quickstart` (the whole story) and `make test`. Both set up `.venv` by themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Every process of a test uses few threads: on two cores, more of them starve each other.
+test ablation: export OMP_NUM_THREADS ?= 2
+test: export WANDB_MODE ?= disabled
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test check ablation clean
+
+quickstart: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+ablation: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/ablation.sh
+
+# Installed again only when the requirements change, so later runs need no network.
+$(READY): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+.venv: $(READY)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
