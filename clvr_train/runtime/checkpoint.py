@@ -1,8 +1,8 @@
 """Checkpoints that a kill at any moment leaves resumable: tensors in safetensors, state in JSON, no pickle.
 
-On disk: `<folder>/step-<n>/{tensors.safetensors, state.json, manifest.json}` and a file `latest` for people. A
-step is written as `step-<n>.tmp`, synced, and renamed; what came before goes only after. The manifest (size and
-SHA-256 of each file) says whether a step is whole: safetensors does not notice a flipped bit in its data.
+On disk: `<folder>/step-<n>/{tensors.safetensors, state.json, manifest.json}` and a file `latest` for people.
+A step is written as `step-<n>.tmp`, synced, and renamed; what came before goes only after. The manifest (size
+and SHA-256 of each file) says whether a step is whole: safetensors does not notice a flipped bit in its data.
 """
 
 import errno
@@ -116,7 +116,7 @@ def verify(path: Path) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser as (tensors named `optimizer.<parameter number>.<name>`, JSON state), for `save_checkpoint`.
+    """An optimiser as (tensors named `optimizer.<parameter>.<name>`, JSON state), for `save_checkpoint`.
 
     Raises:
         CheckpointError: a value is neither a tensor nor of JSON.
@@ -226,5 +226,5 @@ def _explain(error: Exception, folder: Path, tensors: dict[str, Tensor]) -> None
         needed = sum(tensor.nbytes for tensor in tensors.values())
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{folder}: disk full: a checkpoint needs {needed:,} bytes, {free:,} are free; the last one is intact"
+            f"{folder}: disk full: a checkpoint needs {needed:,} bytes, {free:,} are free; the last is intact"
         ) from error

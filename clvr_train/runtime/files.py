@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Push a file, or a folder's entries, to the disk: after a power cut a rename may be there and its content not."""
+    """Push a file or a folder's entries to disk: a rename may outlive a power cut, its content not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

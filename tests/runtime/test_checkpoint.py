@@ -52,6 +52,7 @@ def killed_save(folder: Path, step: int, moment: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "the same step again"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_step(tmp_path: Path, again: bool) -> None:
     before, after = (2, 2) if again else (1, 2)
