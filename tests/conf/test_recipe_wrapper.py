@@ -181,7 +181,7 @@ def test_a_run_goes_on_with_its_own_config_only(main, seen, capsys) -> None:
 
 
 def test_a_value_that_must_be_given_is_asked_for_before_anything_is_written(main, conf, seen, capsys) -> None:
-    (conf / "tiny.yaml").write_text((conf / "tiny.yaml").read_text() + "data: {folder: ???}\n")
+    (conf / "tiny.yaml").write_text((conf / "tiny.yaml").read_text() + "data: {folder: \"???\"}\n")
     assert "tiny needs data.folder=..." in refused(main, capsys)
     main(["--cfg", "job"])
     main(["--help"])
