@@ -1,4 +1,5 @@
-"""What the small models are first trained on: captions for the drawing model, texts for the tokenizer and encoder."""
+"""What the small models are first trained on: captions for the drawing model, texts for the tokenizer and
+encoder."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,16 +8,17 @@ from random import Random
 from clvr_train.shapes.controller import make_trajectories, mutate
 from clvr_train.shapes.edits import write_edits
 from clvr_train.shapes.goals import sample_goals, train_scene
-from clvr_train.shapes.language import describe, goal_of, list_things, parse_goal
+from clvr_train.shapes.language import NUMBERS, describe, goal_of, list_things, parse_goal
 from clvr_train.shapes.layout import repair, sample_scene
-from clvr_train.shapes.world import Scene
+from clvr_train.shapes.plans import ORDINALS
+from clvr_train.shapes.world import CELLS, COLOURS, SHAPES, Scene
 
 KINDS = ("description", "goal", "edit")
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and the scene that it asks for; for an edit, `source` is the scene of the one reference image."""
+    """A text and the scene it asks for; for an edit, `source` is the scene of the one reference image."""
 
     kind: str
     text: str
@@ -61,7 +63,7 @@ def _edit(rng: Random) -> Caption:
 
 
 def corpus(n: int, seed: int) -> Iterator[str]:
-    """At least `n` texts of every kind the models meet: goals, captions, and the reasonings of trajectories."""
+    """About `n` texts of every kind the models meet: captions, goals, and the reasonings of trajectories."""
     yield from (caption.text for caption in captions(n // 2, seed))
     count = n // 2
     written = 0
@@ -74,6 +76,11 @@ def corpus(n: int, seed: int) -> Iterator[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the world, sorted: what a word-level tokenizer must know (a sample of the corpus holds them all)."""
+    """Every word of the world, sorted: what a word-level tokenizer must know.
+
+    A sample of the corpus, and the words of the grammar that are too rare to be sure of.
+    """
     words = {word for text in corpus(8000, 0) for word in text.split()}
-    return sorted(words)
+    words |= {*ORDINALS, *NUMBERS, *COLOURS, *SHAPES, *CELLS}
+    words |= {"one", "thing", "things", "it", "them", "that", "are", "at"}
+    return sorted(words | {f"{shape}s" for shape in SHAPES})

@@ -11,8 +11,9 @@ from clvr_train.shapes.world import match, passes
 def benchmark_goals(n: int, seed: int = 0) -> list[tuple[str, str, int]]:
     """(tag, goal text, number of things): `n` goals of the eval split in equal shares of the tags.
 
-    The four tags that can have three or more things give half of all goals such a number. Goals are distinct up to
-    about n = 260; beyond that the tags with few goals repeat theirs, as GenEval draws several images of a prompt.
+    The four tags that can have three or more things give half of all goals such a number. Goals are distinct
+    up to about n = 260; beyond that the tags with few goals repeat theirs, as GenEval draws several images of
+    a prompt.
     """
     goals = []
     for position, tag in enumerate(TAGS):

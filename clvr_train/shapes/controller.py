@@ -1,8 +1,9 @@
 """The scripted controller: writes whole trajectories (plan, draw, look, repair, stop) from a goal and a seed.
 
-It looks at its pictures through the reader only. Now and then the drawing tool slips (a wrong colour, shape or place,
-a thing too few or too many, an edit not done) or the plan misreads the goal; the next round notices and repairs it.
-Verdicts compare the picture with the goal alone, so they can be learnt from goal and picture.
+It looks at its pictures through the reader only. Now and then the drawing tool slips (a wrong colour, shape
+or place, a thing too few or too many, an edit not done) or the plan misreads the goal; the next round
+notices and repairs it. Verdicts compare the picture with the goal alone, so they can be learnt from goal
+and picture.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class Habits:
     draw_slip: float = 0.25  # a first image is drawn wrongly
     edit_slip: float = 0.1  # an edit is drawn wrongly
     plan_slip: float = 0.1  # the plan misreads an attribute
-    brief: float = 0.35  # the first round says no more than to draw the goal
+    brief: float = 0.3  # the first round says no more than to draw the goal
     incremental: float = 0.45  # goals of three or more things are drawn bit by bit
     two_edits: float = 0.3  # two repairs in one round
     verify: float = 0.25  # a verify round before an edit or before stopping
@@ -135,7 +136,8 @@ class _Run:
         self._draw(text, "generate", drawn)
 
     def _plan(self, things: Scene, part: Goal, unfinished: bool) -> tuple[str, Scene]:
-        """Words of a plan and the scene that it describes, which a slip of attention may make differ from the goal."""
+        """Words of a plan and the scene that it describes, which a slip of attention may make differ from
+        the goal."""
         if self.chance(self.habits.plan_slip):
             for _ in range(_TRIES):
                 wrong = mutate(things, self.rng)
@@ -179,7 +181,8 @@ class _Run:
             return 99
 
     def _advise(self, source: Scene, edits: list[Edit], opening: str) -> tuple[str, str]:
-        """The words of the round, and the verdict alone if there is just one; `edits` is cut if words run out."""
+        """The words of the round, and the verdict alone if there is just one; `edits` is cut if words run
+        out."""
         for attempt in range(_TRIES):
             scene, sentences, verdict = source, [], ""
             for edit in edits:
@@ -210,7 +213,8 @@ def make_trajectories(
     controller: ScriptedController | None = None,
     sizes: tuple[int, ...] = (1, 2, 3, 4, 5),
 ) -> Iterator[Trajectory]:
-    """`num` trajectories over goals of the split, in equal shares of the numbers of things; ids "shapes-<split>-<seed>-<n>".
+    """`num` trajectories over goals of the split, in equal shares of the numbers of things; ids
+    "shapes-<split>-<seed>-<n>".
 
     Discarded ones are replaced; `controller.discarded` counts them.
     """

@@ -1,8 +1,9 @@
 """Edit instructions: add, remove, recolour, reshape, move. One grammar, written, read and applied here.
 
-    edits  = edit {(", then" | "and" | ".") edit} ["."]
-    edit   = "add" thing place | "remove" ref | "make" ref colour | "turn" ref "into" shape | "move" ref "to the" cell
-    ref    = "the" [colour] (shape | "thing") [place]
+edits  = edit {(", then" | "and" | ".") edit} ["."]
+edit   = "add" thing place | "remove" ref | "make" ref colour | "turn" ref "into" shape
+       | "move" ref "to the" cell
+ref    = "the" [colour] (shape | "thing") [place]
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ MAX_MENTIONS = 5  # a picture holds five things at most; further mentions are no
 
 @dataclass(frozen=True)
 class Edit:
-    """One change. `target` says which thing (for "add": the new thing, all attributes given); `value` is the new
-    colour, shape or cell for "recolour", "reshape" and "move"."""
+    """One change. `target` says which thing (for "add": the new thing, all attributes given); `value` is
+    the new colour, shape or cell for "recolour", "reshape" and "move"."""
 
     kind: str
     target: Spec
@@ -30,7 +31,7 @@ def spec_of(thing: Thing) -> Spec:
 
 
 def write_ref(target: Spec) -> str:
-    """"the red circle in the top", as far as the attributes are given."""
+    """Such as "the red circle in the top", as far as the attributes are given."""
     words = f"the {target.colour} " if target.colour else "the "
     words += target.shape or "thing"
     return words if target.cell is None else f"{words} in the {CELLS[target.cell]}"
@@ -109,7 +110,9 @@ def parse_edits(text: str) -> list[Edit]:
     while True:
         edit = read_edit(reader)
         if edit is None:
-            raise ValueError(f"cannot read {reader.peek(6) or 'the end of the instruction'!r} in the edit {text!r}")
+            raise ValueError(
+                f"cannot read {reader.peek(6) or 'the end of the instruction'!r} in the edit {text!r}"
+            )
         edits.append(edit)
         reader.take(".")
         if reader.at == len(reader.words):
@@ -171,10 +174,12 @@ def apply_edits(scene: Scene, edits: Sequence[Edit]) -> Scene:
 
 
 def read_mentions(text: str) -> Goal | None:
-    """Lenient: the wish that a reader who knows only explicit clauses takes from any text; `None` if there is none.
+    """Lenient: the wish that a reader who knows only explicit clauses takes from any text; `None` if there
+    is none.
 
-    Text that is wholly a goal or description is read as `parse_goal` reads it (closed). Otherwise every noun phrase is
-    a wish; an explicit edit is the wish for its result (what is removed is no wish); at most `MAX_MENTIONS` are kept.
+    Text that is wholly a goal or description is read as `parse_goal` reads it (closed). Otherwise every
+    noun phrase is a wish; an explicit edit is the wish for its result (what is removed is no wish); at most
+    `MAX_MENTIONS` are kept.
     """
     words = tokens(text)
     try:

@@ -1,7 +1,7 @@
 """Goals by GenEval tag and number of things, in three splits that no goal shares.
 
-The split of a goal is decided by a hash of its canonical form (`world.canonical`), so two wordings of the same goal
-are always in the same split: train 60 %, rl 20 %, eval 20 %.
+The split of a goal is decided by a hash of its canonical form (`world.canonical`), so two wordings of the
+same goal are always in the same split: train 60 %, rl 20 %, eval 20 %.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def sample_goal(tag: str, num_things: int, rng: Random, split: str) -> str:
 def sample_goals(
     split: str, n: int, seed: int, tags: tuple[str, ...] = TAGS, sizes: tuple[int, ...] = (1, 2, 3, 4, 5)
 ) -> list[str]:
-    """`n` goal texts in equal shares of the numbers of things (1..5), and of the tags that have that number."""
+    """`n` goal texts in equal shares of the numbers of things, and of the tags that have that number."""
     rng = Random(f"goals {split} {seed}")
     usable = [size for size in sizes if any(size in sizes_of(tag) for tag in tags)]
     if not usable:
@@ -103,7 +103,8 @@ def _single_object(n: int, rng: Random) -> Goal:
 
 def _two_object(n: int, rng: Random) -> Goal:
     specs = tuple(
-        Spec(1, shape, None, rng.randrange(9) if rng.random() < 0.3 else None) for shape in rng.sample(SHAPES, 2)
+        Spec(1, shape, None, rng.randrange(9) if rng.random() < 0.3 else None)
+        for shape in rng.sample(SHAPES, 2)
     )
     return Goal(specs, (), _ban(rng, 0, 0.25) + _ban(rng, 1, 0.25))
 

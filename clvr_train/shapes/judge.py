@@ -1,19 +1,21 @@
 """The judge of the shapes world: global score of a picture, and score of an edit. It reads text, not minds.
 
-What it reads. `global_score` takes `edits.read_mentions` of its prompt. A prompt that is wholly of the goal grammar
-(every proxy prompt is) is read to the last word, and closed: things it does not name count against the picture. Any
-other text, such as raw reasoning, is read clause by clause: noun phrases with their explicit colour, place and count
-("red circle top-left", "two squares"), relations and negations next to them, and explicit edits as wishes for their result.
+What it reads. `global_score` takes `edits.read_mentions` of its prompt. A prompt that is wholly of the goal
+grammar (every proxy prompt is) is read to the last word, and closed: things it does not name count against
+the picture. Any other text, such as raw reasoning, is read clause by clause: noun phrases with their
+explicit colour, place and count ("red circle top-left", "two squares"), relations and negations next to
+them, and explicit edits as wishes for their result.
 
 What it cannot read, and therefore gets wrong when raw reasoning is the prompt (the "simple" reward):
-  - references: "the other one", "another one", "of the same colour", "make it blue", "fix that" have no meaning to it;
-    a thing placed "directly below it" is a thing without a place, or none at all;
-  - the mood of a clause: what is *seen*, wrong things included ("i see green square centre"), or taken back ("a red
-    circle , no , a blue circle") looks like a wish;
-  - what is left out: such text is open, so extras go unpunished, and "draw the goal as it stands" holds no clause at all;
-    then the score is missing, never zero.
-`edit_score` likewise takes the explicit edits of its instruction and nothing else. A judge that sees only the text of
-one round is noisier for these reasons alone; no constant makes it so.
+  - references: "the other one", "another one", "of the same colour", "make it blue", "fix that" have no
+    meaning to it; a thing placed "directly below it" is a thing without a place, or none at all;
+  - the mood of a clause: what is *seen*, wrong things included ("i see green square centre"), or taken back
+    ("a red circle , no , a blue circle") looks like a wish;
+  - what is left out: such text is open, so extras go unpunished, and "draw the goal as it stands" holds no
+    clause at all; then the score is missing, never zero.
+
+`edit_score` likewise takes the explicit edits of its instruction and nothing else. A judge that sees only the
+text of one round is noisier for these reasons alone; no constant makes it so.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,8 @@ class ShapesJudge:
     """Scores pictures of the shapes world in [0, 1]."""
 
     def global_score(self, image: Image, prompt: str) -> Score:
-        """How far the picture shows what the prompt says (`world.match`); missing when no clause can be read."""
+        """How far the picture shows what the prompt says (`world.match`); missing when no clause can be
+        read."""
         goal = read_mentions(prompt)
         if goal is None:
             return Score(None, f"no readable clause in {prompt!r}")
@@ -40,9 +43,9 @@ class ShapesJudge:
     def edit_score(self, source: Image, image: Image, instruction: str) -> Score:
         """How well `image` is `source` after the instruction.
 
-        `success`: mean over edits of how far each is done; `preservation`: mean over kept things and kept attributes
-        of how far they are unchanged, and of no new thing in the cells that should be empty. The value is the
-        geometric mean, so doing nothing and redrawing everything both score low.
+        `success`: mean over edits of how far each is done; `preservation`: mean over kept things and kept
+        attributes of how far they are unchanged, and of no new thing in the cells that should be empty. The
+        value is the geometric mean, so doing nothing and redrawing everything both score low.
         """
         edits = find_edits(instruction)
         if not edits:
@@ -65,29 +68,39 @@ def _likeness(thing: Thing, seen: SeenThing | None) -> float:
     return seen.confidence * (1 + (seen.shape == thing.shape) + (seen.colour == thing.colour)) / 3
 
 
+def _gone(thing: Thing, now: SeenThing | None, refilled: bool) -> float:
+    """How far the thing has left its cell, which by now should be empty or hold another thing."""
+    if now is None or (refilled and now.thing != thing):
+        return 1.0
+    return 1.0 - now.confidence
+
+
 def _success(before: Scene, edits: Sequence[Edit], seen: Sequence[SeenThing]) -> float:
-    """Mean over edits; each is judged where it happens, whatever else changed."""
+    """Mean over edits; each is judged on the thing it is about, where the later edits leave that thing."""
     cells = {thing.cell: thing for thing in seen}
-    scene, done = before, []
+    expected = {thing.cell for thing in apply_edits(before, edits)}
+    scene, fates = before, []
     for edit in edits:
         if edit.kind == "add":
-            new = Thing(edit.target.shape, edit.target.colour, edit.target.cell)
-            done.append(_likeness(new, cells.get(new.cell)))
+            old, new = None, Thing(edit.target.shape, edit.target.colour, edit.target.cell)
         else:
             old = find_target(scene, edit.target)
-            now = cells.get(old.cell)
-            gone = 1.0 - (now.confidence if now else 0.0)
-            if edit.kind == "remove":
-                done.append(gone)
-            elif edit.kind == "move":
-                done.append((gone + _likeness(edited(old, edit), cells.get(edit.value))) / 2)
-            else:
-                changed = edited(old, edit)
-                attribute = "colour" if edit.kind == "recolour" else "shape"
-                right = now is not None and getattr(now, attribute) == getattr(changed, attribute)
-                done.append(now.confidence if right else 0.0)
+            new = None if edit.kind == "remove" else edited(old, edit)
+            fates = [(kind, first, new if last == old else last) for kind, first, last in fates]
+        fates.append((edit.kind, old, new))
         scene = apply_edits(scene, [edit])
-    return sum(done) / len(done)
+    done = []
+    for kind, old, new in fates:
+        if kind in ("remove", "move"):
+            done.append(_gone(old, cells.get(old.cell), old.cell in expected))
+        if kind in ("add", "move") and new:
+            arrived = _likeness(new, cells.get(new.cell))
+            done.append((done.pop() + arrived) / 2 if kind == "move" else arrived)
+        if kind in ("recolour", "reshape") and new:
+            now, attribute = cells.get(new.cell), "colour" if kind == "recolour" else "shape"
+            right = now is not None and getattr(now, attribute) == getattr(new, attribute)
+            done.append(now.confidence if right else 0.0)
+    return sum(done) / len(done) if done else 1.0
 
 
 def _preservation(before: Scene, expected: Scene, seen: Sequence[SeenThing]) -> float:
@@ -101,7 +114,9 @@ def _preservation(before: Scene, expected: Scene, seen: Sequence[SeenThing]) -> 
             atoms.append(_likeness(thing, now))
         elif was is not None:
             kept = [name for name in ("shape", "colour") if getattr(was, name) == getattr(thing, name)]
-            atoms += [now.confidence * (getattr(now, name) == getattr(thing, name)) if now else 0.0 for name in kept]
+            atoms += [
+                now.confidence * (getattr(now, name) == getattr(thing, name)) if now else 0.0 for name in kept
+            ]
     allowed = {thing.cell for thing in (*before, *expected)}
     new = sum(thing.confidence for thing in seen if thing.cell not in allowed)
     atoms.append(max(0.0, 1.0 - new))

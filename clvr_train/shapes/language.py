@@ -1,10 +1,11 @@
-"""One grammar for goals and descriptions: what `write_goal` says, `parse_goal` reads, so that nothing hidden travels.
+"""One grammar for goals and descriptions: `parse_goal` reads what `write_goal` says, nothing hidden travels.
 
     goal     = clause {("," | "and") clause} ["and nothing else"] ["."]
     clause   = thing [place] [ban] [relation (thing [place] [ban] | "it" | "them" | "the" thing)]
-             | "none of them" banned
-    thing    = [number] [colour] (shape | "thing")            place    = ["in the" | "at the"] cell
-    ban      = "that is not" banned | "that are not" banned   relation = "left of" | "right of" | "above" | "below"
+    thing    = [number] [colour] (shape | "thing")
+    place    = ["in the" | "at the"] cell
+    ban      = ("that is not" | "that are not" | ", none of them") banned
+    relation = "left of" | "right of" | "above" | "below"
 
 "it" is the thing named just before the clause; "the blue square" after a relation is the one already named.
 Every comma and full stop is a word of its own.
@@ -47,7 +48,8 @@ def describe(scene: Sequence[Thing]) -> str:
 
 
 def list_things(things: Sequence[Thing]) -> str:
-    """The compact list used in reports of what is seen: "red circle top-left , blue square centre" or "nothing"."""
+    """The compact list used in reports of what is seen: "red circle top-left , blue square centre" or
+    "nothing"."""
     ordered = sorted(things, key=lambda thing: thing.cell)
     return " , ".join(f"{t.colour} {t.shape} {CELLS[t.cell]}" for t in ordered) or "nothing"
 
@@ -58,31 +60,29 @@ def write_goal(goal: Goal) -> str:
     Raises:
         ValueError: when the grammar has no words for it (e.g. a relation to one of two alike things).
     """
-    text, written, said = "", [], {i: [] for i in range(len(goal.specs))}
-    for relation in goal.relations:
-        said[max(relation[0], relation[2])].append(relation)
-    for i, spec in enumerate(goal.specs):
-        clause = _noun(goal, i)
-        inline = [(a, kind, b) for a, kind, b in said[i] if (a, b) == (i - 1, i)]
-        if inline and written and written[-1] == i - 1 and not said[i - 1]:
-            text += f" {inline[0][1]} {clause}"
-            said[i].remove(inline[0])
+    text, related = "", False
+    for i in range(len(goal.specs)):
+        noun = _noun(goal, i)
+        earlier = [relation for relation in goal.relations if max(relation[0], relation[2]) == i]
+        if len(earlier) > 1:
+            raise ValueError(f"no words for two relations of {noun!r}")
+        if earlier and earlier[0][0] == i - 1 and not related:
+            text += f" {earlier[0][1]} {noun}"
         else:
-            text += (" and " if i == len(goal.specs) - 1 else " , ") * bool(written) + clause
-        if len(said[i]) > 1 or (inline and said[i]):
-            raise ValueError(f"no words for two relations of {clause!r}")
-        for a, kind, b in said[i]:
-            other, kind = (b, kind) if a == i else (a, _converse(kind))
-            pronoun = "it" if goal.specs[other].count == 1 else "them"
-            text += f" {kind} {pronoun if other == i - 1 else _definite(goal, other)}"
-        written.append(i)
+            text += (" and " if i == len(goal.specs) - 1 else " , ") * (i > 0) + noun
+            text += _relation_phrase(goal, i, *earlier[0]) if earlier else ""
+        related = bool(earlier)
     if canonical(parse_goal(text)) != canonical(replace(goal, closed=True)):
         raise ValueError(f"no unambiguous words for the goal; tried {text!r}")
     return text
 
 
-def _converse(kind: str) -> str:
-    return {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[kind]
+def _relation_phrase(goal: Goal, i: int, first: int, kind: str, second: int) -> str:
+    """The relation as said after spec `i`: " above it", " left of the blue square"."""
+    converse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    other, kind = (second, kind) if first == i else (first, converse[kind])
+    pronoun = "it" if goal.specs[other].count == 1 else "them"
+    return f" {kind} {pronoun if other == i - 1 else _definite(goal, other)}"
 
 
 def _noun(goal: Goal, i: int) -> str:
@@ -104,7 +104,8 @@ def _definite(goal: Goal, i: int) -> str:
 
 
 class GoalReader:
-    """A cursor over words that collects specs, relations and bans. Each `read_*` moves on only when it succeeds."""
+    """A cursor over words that collects specs, relations and bans. Each `read_*` moves on only when it
+    succeeds."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self.words = list(words)
@@ -250,8 +251,8 @@ def parse_goal(text: str) -> Goal:
 def read_clauses(words: Sequence[str], skip: Callable[[GoalReader], bool] | None = None) -> Goal | None:
     """The clauses that can be understood anywhere in the words, the rest ignored; `None` if there are none.
 
-    A clause with "the" that fits a thing already mentioned adds to it; any other clause is a further thing. The result
-    is open unless the words say "and nothing else".
+    A clause with "the" that fits a thing already mentioned adds to it; any other clause is a further thing.
+    The result is open unless the words say "and nothing else".
     """
     reader = GoalReader(words)
     closed = False
@@ -284,4 +285,6 @@ def _merge_last(reader: GoalReader) -> None:
 
 def goal_of(scene: Scene) -> Goal:
     """The goal that only this scene meets."""
-    return Goal(tuple(Spec(1, t.shape, t.colour, t.cell) for t in sorted(scene, key=lambda thing: thing.cell)))
+    return Goal(
+        tuple(Spec(1, t.shape, t.colour, t.cell) for t in sorted(scene, key=lambda thing: thing.cell))
+    )

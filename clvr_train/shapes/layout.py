@@ -19,7 +19,9 @@ from clvr_train.shapes.world import (
 )
 
 
-def arrange(slots: Goal, taken: dict[int, int], rng: Random, blocked: frozenset[int] = frozenset()) -> dict | None:
+def arrange(
+    slots: Goal, taken: dict[int, int], rng: Random, blocked: frozenset[int] = frozenset()
+) -> dict | None:
     """A cell for every slot of an expanded goal, random among those that meet cells and relations.
 
     Args:
@@ -33,16 +35,24 @@ def arrange(slots: Goal, taken: dict[int, int], rng: Random, blocked: frozenset[
     cells = dict(taken)
     if len(set(cells.values())) < len(cells) or not all(_fits(slots, s, cells) for s in cells):
         return None
-    order = sorted((s for s in range(len(slots.specs)) if s not in cells), key=lambda s: slots.specs[s].cell is None)
+    order = sorted(
+        (s for s in range(len(slots.specs)) if s not in cells), key=lambda s: slots.specs[s].cell is None
+    )
     return cells if _place(slots, order, cells, rng, blocked) else None
 
 
-def _place(slots: Goal, order: list[int], cells: dict[int, int], rng: Random, blocked: frozenset[int]) -> bool:
+def _place(
+    slots: Goal, order: list[int], cells: dict[int, int], rng: Random, blocked: frozenset[int]
+) -> bool:
     if not order:
         return True
     slot = order[0]
     wanted = slots.specs[slot].cell
-    free = [c for c in ([wanted] if wanted is not None else range(9)) if c not in blocked and c not in cells.values()]
+    free = [
+        c
+        for c in ([wanted] if wanted is not None else range(9))
+        if c not in blocked and c not in cells.values()
+    ]
     rng.shuffle(free)
     for cell in free:
         cells[slot] = cell
@@ -80,10 +90,12 @@ def sample_scene(goal: Goal, rng: Random) -> tuple[Thing, ...] | None:
 
 
 def repair(goal: Goal, scene: Scene, rng: Random) -> list[Edit]:
-    """Few edits that make the scene meet the goal, in an order in which they can be done; [] if it does already.
+    """Few edits that make the scene meet the goal, in an order in which they can be done; [] if it does
+    already.
 
-    Things are first assigned to slots as `best_fit` does; then what is too many is removed, wrong colours and shapes
-    are changed, the fewest things that allow an arrangement are moved, and what is missing is added.
+    Things are first assigned to slots as `best_fit` does; then what is too many is removed, wrong colours
+    and shapes are changed, the fewest things that allow an arrangement are moved, and what is missing is
+    added.
 
     Raises:
         ValueError: when the goal has no arrangement or things stand in each other's way.
@@ -139,7 +151,9 @@ def _order_moves(moves: list[Edit]) -> list[Edit]:
     ordered: list[Edit] = []
     left = list(moves)
     while left:
-        ready = next((m for m in left if all(m.value != other.target.cell for other in left if other is not m)), None)
+        ready = next(
+            (m for m in left if all(m.value != other.target.cell for other in left if other is not m)), None
+        )
         if ready is None:
             raise ValueError("things stand in each other's way")
         ordered.append(ready)

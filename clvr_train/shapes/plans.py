@@ -1,8 +1,8 @@
 """First rounds: how a plan is put into words, and how it is resolved again from the words and the goal.
 
-A plan places things one after the other, partly explicitly ("red circle top-left"), partly by what was said before:
-"the first one" is the first thing of the goal, "it" the thing placed last, "another one" one like it, "a square of the
-same colour" and "a blue one" take its colour or its shape; "x , no , y" takes x back.
+A plan places things one after the other, partly explicitly ("red circle top-left"), partly by what was said
+before: "the first one" is the first thing of the goal, "it" the thing placed last, "another one" one like
+it, "a square of the same colour" and "a blue one" take its colour or its shape; "x , no , y" takes x back.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def beside(cell: int, words: str) -> int | None:
 
 
 def direction(cell: int, other: int) -> str | None:
-    """"directly below" if `cell` is directly below `other`, and so on; `None` if they do not touch."""
+    """Where `cell` lies from `other`, such as "directly below"; `None` if they do not touch."""
     return next((words for words in _STEPS if beside(other, words) == cell), None)
 
 
@@ -41,7 +41,8 @@ def read_step(reader: GoalReader) -> str | None:
 
 
 def read_ordinal(reader: GoalReader, slots: Goal) -> int | None:
-    """The slot that "the first one", "the last one" or (of two) "the other one" means, or `None` (and no move)."""
+    """The slot that "the first one", "the last one" or (of two) "the other one" means, or `None` (and no
+    move)."""
     start = reader.at
     count = len(slots.specs)
     if reader.take("the last one"):
@@ -65,13 +66,14 @@ def write_ordinal(slot: int, count: int, rng: Random) -> str:
 class PlanStyle:
     """How a plan is worded."""
 
-    indirect: float = 0.6  # chance of an indirect reference, and of an indirect place, where one exists
+    indirect: float = 0.5  # chance of an indirect reference, and of an indirect place, where one exists
     correct: float = 0.1  # chance that a thing is first named wrongly and taken back
     unfinished: bool = False  # the plan places only part of the goal
 
 
 def write_plan(goal: Goal, things: Sequence[Thing], style: PlanStyle, rng: Random) -> str:
-    """Words for placing `things`, thing i being meant for slot i of the expanded goal (fewer things: the first ones)."""
+    """Words for placing `things`, thing i being meant for slot i of the expanded goal (fewer things: the
+    first ones)."""
     slots = expand(goal)
     said: list[Spec] = []
     items = []
@@ -97,7 +99,7 @@ def _write_ref(
         banned = True
     full = Spec(1, shape, colour)
     options: list[tuple[str, Spec]] = []
-    if not banned:
+    if not banned and len(slots.specs) > 1:
         options.append((write_ordinal(slot, len(slots.specs), rng), Spec(1, spec.shape, spec.colour)))
     if said:
         last = said[-1]
@@ -136,7 +138,8 @@ def _write_place(thing: Thing, said: list[Spec], style: PlanStyle, rng: Random) 
 def read_plan(text: str, goal: Goal) -> Goal | None:
     """What a first round asks to be drawn, or `None` when the words are not of a plan.
 
-    Brief rounds ask for the goal itself (or for its first things); a plan gives a goal in which all cells are fixed.
+    Brief rounds ask for the goal itself (or for its first things); a plan gives a goal in which all cells
+    are fixed.
     """
     slots = expand(goal)
     if text in BRIEF:
@@ -147,7 +150,7 @@ def read_plan(text: str, goal: Goal) -> Goal | None:
     reader = GoalReader(tokens(text))
     unfinished = reader.take("first")
     for opener in _OPENERS:
-        if opener and reader.take(opener.replace(",", " ,").replace("  ", " ")):
+        if opener and reader.take(opener):
             break
     said: list[Spec] = []
     while True:

@@ -1,7 +1,7 @@
 """Exact renderer (scene -> 96 x 96 picture) and exact reader (picture -> things with confidence)."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -21,12 +21,12 @@ RGB = {
 }
 _OVERSAMPLE = 4
 _POOL = 4  # px averaged before comparing: blur below this scale does not matter
-_FAINT = 0.1  # less confidence than this is no thing at all
+_FAINT = 0.1  # belief below which there is no thing at all; confidence starts at 0 there, so it is continuous
 _HALF_DISTANCE = 0.13  # rms colour distance (0..1 scale) at which a cell is half believed
 _CLEAR_MARGIN = 0.35  # relative margin to the second-best template from which it is fully believed
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile(shape: str, colour: str) -> Image.Image:
     """One antialiased 32 px cell."""
     big = CELL * _OVERSAMPLE
@@ -75,9 +75,10 @@ def read_batch(images: np.ndarray) -> list[tuple[SeenThing, ...]]:
         images: (batch, 96, 96, 3) uint8.
 
     Returns:
-        The things of each picture in the order of cells. Confidence is `fit * margin`: `fit = 1 / (1 + (d / h)^4)` of
-        the rms distance d to the best template, and `margin` a smooth step of (d2 - d) / (d2 + d) against the
-        second-best template, the empty cell included. Cells that are most like empty or fainter than 0.1 hold nothing.
+        The things of each picture in the order of cells. With d and d2 the rms distances to the best and the
+        second-best template (the empty cell included), belief is `1 / (1 + (d / h)^4)` times a smooth step of
+        `(d2 - d) / (d2 + d)`, and confidence is belief rescaled so that 0.1 becomes 0. Cells most like empty,
+        or without confidence, hold nothing.
     """
     grid = images.reshape(-1, 3, CELL, 3, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 9, CELL, CELL, 3)
     cells, templates = _pool(grid), _templates()
@@ -88,12 +89,13 @@ def read_batch(images: np.ndarray) -> list[tuple[SeenThing, ...]]:
     ordered = np.partition(distance, 1, axis=-1)
     first, second = ordered[..., 0], ordered[..., 1]
     step = np.clip((second - first) / (second + first + 1e-12) / _CLEAR_MARGIN, 0.0, 1.0)
-    confidence = step**2 * (3 - 2 * step) / (1 + (first / _HALF_DISTANCE) ** 4)
+    belief = step**2 * (3 - 2 * step) / (1 + (first / _HALF_DISTANCE) ** 4)
+    confidence = (belief - _FAINT) / (1 - _FAINT)
     return [
         tuple(
             SeenThing(*_KINDS[kinds[cell]], cell, float(sure[cell]))
             for cell in range(9)
-            if kinds[cell] < len(_KINDS) and sure[cell] >= _FAINT
+            if kinds[cell] < len(_KINDS) and sure[cell] > 0
         )
         for kinds, sure in zip(best, confidence, strict=True)
     ]
@@ -108,7 +110,10 @@ def read_scenes(images: Sequence[Image.Image]) -> list[tuple[SeenThing, ...]]:
     """Read pictures of any size."""
     if not images:
         return []
-    scaled = [image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX) for image in images]
+    scaled = [
+        image if image.size == (SIZE, SIZE) else image.resize((SIZE, SIZE), Image.Resampling.BOX)
+        for image in images
+    ]
     return read_batch(np.stack([np.asarray(image.convert("RGB")) for image in scaled]))
 
 

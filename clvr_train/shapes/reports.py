@@ -1,8 +1,10 @@
-"""Later rounds: what is seen, what is wrong and what to do, in words; and how the edits are resolved from them.
+"""Later rounds: what is seen, what is wrong and what to do, in words; and how the edits are resolved from
+them.
 
-A round reads "i see <list> . <verdict> . <instruction> ." The instruction may be explicit (`edits.write_edit`) or need
-the verdict ("make it blue", "fix that"), the goal ("give it the colour of the second one") or the picture ("move it
-directly below the red circle"). "go back to the first picture ." changes the picture that is built on.
+A round reads "i see <list> . <verdict> . <instruction> ." The instruction may be explicit
+(`edits.write_edit`) or need the verdict ("make it blue", "fix that"), the goal ("give it the colour of the
+second one") or the picture ("move it directly below the red circle"). "go back to the first picture ."
+changes the picture that is built on.
 """
 
 from collections.abc import Sequence
@@ -112,7 +114,9 @@ def _write_addition(goal: Goal, scene: Scene, edit: Edit, indirect: bool, rng: R
     new = edit.target
     thing = write_thing(new.shape, new.colour)
     if not indirect:
-        return Advice(rng.choice(["something is missing .", f"{thing} is missing ."]), f"{write_edit(edit)} .")
+        return Advice(
+            rng.choice(["something is missing .", f"{thing} is missing ."]), f"{write_edit(edit)} ."
+        )
     slots = expand(goal)
     fixed = [s for s, spec in enumerate(slots.specs) if (spec.shape, spec.colour) == (new.shape, new.colour)]
     name = write_ordinal(fixed[-1], len(slots.specs), rng) if fixed and rng.random() < 0.6 else thing
@@ -146,7 +150,9 @@ class ReportReader:
 
     def _read_sentence(self, reader: GoalReader) -> bool:
         sentence = " ".join(reader.words)
-        if f"{sentence} ." in (*ALL_FINE, DONE, WENT_WRONG, "something is missing .") or sentence.startswith("i see "):
+        if f"{sentence} ." in (*ALL_FINE, DONE, WENT_WRONG, "something is missing .") or sentence.startswith(
+            "i see "
+        ):
             return True
         if reader.take("go back to the"):
             number = ORDINALS.index(reader.peek()) + 1 if reader.peek() in ORDINALS else 0
@@ -226,5 +232,3 @@ class ReportReader:
             return reader.read_place(("in the", "to the"))
         ref = read_ref(reader)
         return beside(find_target(self.scene, ref).cell, step) if ref else None
-
-

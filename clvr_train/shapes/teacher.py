@@ -1,7 +1,7 @@
 """The teacher: turns a context `C_k` into explicit, judgeable targets (CLVR 3.2), from the context alone.
 
-It reads the goal, the reasonings and the history images; the target is not looked at. What a plan misreads, the proxy
-prompt asks for as well: `I_k` should follow the reasoning.
+It reads the goal, the reasonings and the history images; the target is not looked at. What a plan misreads,
+the proxy prompt asks for as well: `I_k` should follow the reasoning.
 """
 
 from clvr_train.data.images import open_image
@@ -21,9 +21,9 @@ class ShapesTeacher:
     def proxy_prompt(self, sample: Sample) -> ProxyPrompt:
         """The proxy prompt of a sample.
 
-        At k = 1: `p_t2i` describes the planned scene where the plan fixes all places, and else is the goal (or the part
-        of it that is asked for). At k > 1: `p_i2i` lists the edits explicitly, `p_t2i` describes the scene after them,
-        `idx` is the picture they build on.
+        At k = 1: `p_t2i` describes the planned scene where the plan fixes all places, and else is the goal
+        (or the part of it that is asked for). At k > 1: `p_i2i` lists the edits explicitly, `p_t2i` describes
+        the scene after them, `idx` is the picture they build on.
 
         Raises:
             TeacherRefusal: with the reason, when the context cannot be resolved.

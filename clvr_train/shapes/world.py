@@ -1,7 +1,8 @@
-"""The shapes world: things in the cells of a 3 x 3 grid, goals over them, and how well a picture meets a goal.
+"""The shapes world: things in the cells of a 3 x 3 grid, goals, and how well a picture meets a goal.
 
-Convention of the world: a picture shows what its goal names *and nothing else*, so goals are closed. Only a lenient
-reading of free text (`language.read_mentions`) is open: it does not forbid what the text leaves out.
+Convention of the world: a picture shows what its goal names *and nothing else*, so goals are closed. Only a
+lenient reading of free text (`edits.read_mentions`) is open: it does not forbid what the text leaves
+out.
 """
 
 from collections.abc import Sequence
@@ -68,8 +69,8 @@ class Spec:
 class Goal:
     """Specs, relations between specs and negations.
 
-    `relations` holds (i, kind, j): every thing of spec i is `kind` every thing of spec j. `bans` holds (i, word): no
-    thing of spec i has that colour or shape. `closed`: the picture shows nothing else.
+    `relations` holds (i, kind, j): every thing of spec i is `kind` every thing of spec j. `bans` holds (i,
+    word): no thing of spec i has that colour or shape. `closed`: the picture shows nothing else.
     """
 
     specs: tuple[Spec, ...]
@@ -100,7 +101,7 @@ def expand(goal: Goal) -> Goal:
 
 
 def holds(kind: str, cell: int, other: int) -> bool:
-    """Whether a thing in `cell` is `kind` a thing in `other`: columns are compared for left and right, rows for the rest."""
+    """Whether a thing in `cell` is `kind` a thing in `other`; columns count, or rows for above and below."""
     (row, column), (other_row, other_column) = divmod(cell, 3), divmod(other, 3)
     if kind == "left of":
         return column < other_column
@@ -117,7 +118,7 @@ def _assignments(slots: int, things: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Fit:
-    """The best assignment of things to slots: `score` in [0, 1], `complete` if all is met, thing index (or -1) a slot."""
+    """The best assignment: `score` in [0, 1], `complete` if all is met, and for each slot a thing (or -1)."""
 
     score: float
     complete: bool
@@ -127,9 +128,10 @@ class Fit:
 def best_fit(goal: Goal, things: Sequence[Thing | SeenThing]) -> Fit:
     """Assign things to the goal's slots so that the most atoms hold.
 
-    Atoms: presence, and shape, colour and cell where the goal gives them, relations, negations, and (closed goals) no
-    extras. An atom counts the confidence of the things it is about; the score is the mean over atoms. The atom of no
-    extras counts only as far as something asked for is present, so that an empty picture scores 0.
+    Atoms: presence, and shape, colour and cell where the goal gives them, relations, negations, and (closed
+    goals) no extras. An atom counts the confidence of the things it is about; the score is the mean over
+    atoms. The atom of no extras counts only as far as something asked for is present, so that an empty
+    picture scores 0.
     """
     slots = expand(goal)
     ranked = sorted(things, key=lambda thing: -getattr(thing, "confidence", 1.0))
@@ -192,7 +194,8 @@ def _slot_key(slots: Goal, s: int) -> tuple:
 
 
 def canonical(goal: Goal) -> str:
-    """A text that two goals share exactly when they ask for the same: free of order, wording and implied relations.
+    """A text that two goals share exactly when they ask for the same: free of order, wording and implied
+    relations.
 
     Counts are spread over slots, "right of" and "below" become their converses, relations are closed under
     transitivity and those that given cells imply are dropped, and the slots are put in the least order.
@@ -203,7 +206,9 @@ def canonical(goal: Goal) -> str:
     pairs = {(j, converse[kind], i) if kind in converse else (i, kind, j) for i, kind, j in slots.relations}
     grown = True
     while grown:
-        new = {(a, kind, d) for a, kind, b in pairs for c, other, d in pairs if b == c and kind == other} - pairs
+        new = {
+            (a, kind, d) for a, kind, b in pairs for c, other, d in pairs if b == c and kind == other
+        } - pairs
         pairs |= new
         grown = bool(new)
     pairs = {
