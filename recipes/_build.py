@@ -14,7 +14,9 @@ from clvr_train.shapes.render import render
 
 
 def build_klein(model: DictConfig, expect: str | None, folder: str | Path | None = None) -> Klein:
-    """The Klein model of a `model` group, from `folder` if given; `expect` is `base`, `distilled` or None for either."""
+    """The Klein model of a `model` group, from `folder` if given; `expect` is `base`, `distilled` or None for
+    either.
+    """
     return load_klein(
         folder or model.folder, expect=expect, window=model.window, layers=model.layers, device=model.device
     )

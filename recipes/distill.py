@@ -1,4 +1,5 @@
-"""Distils a base model into few unguided steps, as the published distilled checkpoints are (stand-in for them on shapes).
+"""Distils a base model into few unguided steps, as the published distilled checkpoints are (stand-in for them on
+shapes).
 
 Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}. To resume, run the same command again.
 """

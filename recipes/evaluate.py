@@ -16,9 +16,7 @@ from tqdm import tqdm
 from clvr_train.data.images import open_image
 from clvr_train.data.sharegpt import write_trajectories
 from clvr_train.evaluation.runner import Goal, Outcome, outcome, rows, summarise
-from clvr_train.inference.closed_loop import run_closed_loop
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.qwen_vl import load_controller
 from clvr_train.models.sampler import Sampler
 from clvr_train.runtime.files import write_atomic
 from clvr_train.shapes.benchmark import benchmark_goals, grade
@@ -45,6 +43,9 @@ def single_step(sampler: Sampler, goals: list[Goal], seed: int, batch: int) -> t
 
 def closed_loop(cfg: DictConfig, sampler: Sampler, goals: list[Goal], run: Path) -> tuple[list[Outcome], list]:
     """The controller's rounds; the last image is the result."""
+    from clvr_train.inference.closed_loop import run_closed_loop
+    from clvr_train.models.qwen_vl import load_controller
+
     controller = load_controller(Path(cfg.controller), device=cfg.model.device)
     results = run_closed_loop(
         controller,

@@ -1,4 +1,5 @@
-"""Writes trajectories of the shapes world: ShareGPT conversations and images, the format that real data uses (CLVR 3.1).
+"""Writes trajectories of the shapes world: ShareGPT conversations and images, the format that real data uses (CLVR
+3.1).
 
 Writes <out>/{trajectories.jsonl, images/}.
 """

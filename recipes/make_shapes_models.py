@@ -1,8 +1,8 @@
 """Makes the parts of the tiny Klein that the shapes world starts from: VAE, text encoder, untrained transformer.
 
 The VAE is trained to reconstruct rendered scenes, the text encoder as a language model on the world's texts; the
-transformer keeps its random weights: `train_dit experiment=shapes_base` trains it. Writes runs/<run>/model/, a diffusers
-folder. launch/rebuild_models.sh is the whole story.
+transformer keeps its random weights: `train_dit experiment=shapes_base` trains it. Writes runs/<run>/model/, a
+diffusers folder. launch/rebuild_models.sh is the whole story.
 """
 
 import logging
@@ -12,13 +12,13 @@ import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.images import to_tensor
+from clvr_train.data.images import to_image, to_tensor
 from clvr_train.models import tiny
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.seeding import generator
 from clvr_train.shapes.base import corpus
 from clvr_train.shapes.goals import random_scene
-from clvr_train.shapes.render import render
+from clvr_train.shapes.render import confident_scene, render
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,15 @@ def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
     logger.info("VAE after %d steps: loss %.4f", step + 1, loss.item())
     vae.eval()
     tiny.set_latent_statistics(vae, images[:1024])
+    with torch.no_grad():
+        shown = [to_image(y) for y in vae.decode(vae.encode(images[:512]).latent_dist.mode()).sample]
+    exact = sum(confident_scene(to_image(x)) == confident_scene(y) for x, y in zip(images[:512], shown, strict=True))
+    logger.info("scenes read from the reconstruction as from the picture: %d of %d", exact, len(shown))
     return vae
 
 
-def train_text_encoder(cfg: DictConfig, tokenizer, device: str, seed: int) -> torch.nn.Module:
+def train_text_encoder(cfg: DictConfig, tokenizer, texts: list[str], device: str, seed: int) -> torch.nn.Module:
     """Next-token prediction on the world's texts, in the chat format in which the transformer's encoder sees them."""
-    texts = list(corpus(cfg.texts, seed))
     chats = [
         tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         for text in texts
@@ -72,9 +75,10 @@ def train_text_encoder(cfg: DictConfig, tokenizer, device: str, seed: int) -> to
 @recipe("make_shapes_models")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
-    tokenizer = tiny.train_tokenizer(corpus(cfg.text_encoder.texts, cfg.seed), cfg.text_encoder.vocab_size)
+    texts = list(corpus(cfg.text_encoder.texts, cfg.seed))
+    tokenizer = tiny.train_tokenizer(texts, cfg.text_encoder.vocab_size)
     vae = train_vae(cfg.vae, cfg.device, cfg.seed)
-    text_encoder = train_text_encoder(cfg.text_encoder, tokenizer, cfg.device, cfg.seed)
+    text_encoder = train_text_encoder(cfg.text_encoder, tokenizer, texts, cfg.device, cfg.seed)
     torch.manual_seed(cfg.seed)
     transformer = tiny.tiny_transformer(
         4 * cfg.vae.latent_channels,

@@ -31,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
-    """The contexts to draw from with the prompts of `reward`; contexts whose prompt the judge cannot read are left out."""
+    """The contexts to draw from with the prompts of `reward`; contexts whose prompt the judge cannot read are left
+    out.
+    """
     samples = read_samples(cfg.data.folder)
     if cfg.reward == "proxy":
         prompts = read_proxy_prompts(cfg.data.folder)

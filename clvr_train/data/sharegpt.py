@@ -156,7 +156,7 @@ def _image_path(value: object, field: str, folder: Path, decode: bool) -> Path:
 def write_trajectories(folder: Path, trajectories: Iterable[Trajectory]) -> int:
     """Write trajectories and their images (as PNG) and return how many there were.
 
-    `trajectories.jsonl` appears, or replaces an older one, only when the last record is written: whoever finds
+    `trajectories.jsonl` appears, or replaces an older one, only once the last record is written: who finds
     it finds all of it. A killed call leaves at most `trajectories.jsonl.tmp` and image files, which the next
     call overwrites.
 

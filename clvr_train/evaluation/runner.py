@@ -20,7 +20,9 @@ class Goal:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a system made of a goal. `rounds` counts images drawn, `nfe` network evaluations, `stop` says why it ended."""
+    """What a system made of a goal. `rounds` counts images drawn, `nfe` network evaluations, `stop` says why it
+    ended.
+    """
 
     id: str
     tag: str
@@ -73,3 +75,16 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict]:
 def _rate(outcomes: Sequence[Outcome]) -> dict:
     passes, n = sum(o.passed for o in outcomes), len(outcomes)
     return {"pass_rate": passes / n, "n": n, "ci95": list(wilson(passes, n))}
+
+
+def table(systems: dict[str, dict]) -> str:
+    """A plain-text table of `summarise` rows, a system a line."""
+    head = f"{'system':<22}{'pass rate':>10}  {'95 % interval':<16}{'score':>7}{'n':>6}{'steps':>7}{'cfg':>5}{'NFE':>7}"
+    lines = [head, "-" * len(head)]
+    for name, row in systems.items():
+        lo, hi = row["ci95"]
+        lines.append(
+            f"{name:<22}{row['pass_rate']:>10.3f}  [{lo:.3f}, {hi:.3f}]  {row['mean_score']:>7.3f}{row['n']:>6}"
+            f"{row['steps']:>7}{row['cfg']:>5g}{row['nfe_per_goal']:>7.1f}"
+        )
+    return "\n".join(lines)

@@ -47,7 +47,9 @@ def shift_time(t: Tensor, mu: float) -> Tensor:
 
 
 def linear_mu(num_tokens: int) -> float:
-    """Shift of FLUX training: linear in the target's tokens, 0.5 at 256 and 1.15 at 4096 (scheduler_config of FLUX.2)."""
+    """Shift of FLUX training: linear in the target's tokens, 0.5 at 256 and 1.15 at 4096 (scheduler_config of
+    FLUX.2).
+    """
     return 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
 
 
@@ -62,7 +64,9 @@ def empirical_mu(num_tokens: int, steps: int) -> float:
 
 
 def inference_times(num_tokens: int, steps: int) -> Tensor:
-    """The Euler grid from 1 to 0: shape (steps + 1,), float32, as `FlowMatchEulerDiscreteScheduler` makes it for Klein."""
+    """The Euler grid from 1 to 0: shape (steps + 1,), float32, as `FlowMatchEulerDiscreteScheduler` makes it for
+    Klein.
+    """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least one step is needed")
     t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
@@ -71,7 +75,9 @@ def inference_times(num_tokens: int, steps: int) -> Tensor:
 
 
 def sample_times(num: int, num_tokens: int, shift: str, generator: torch.Generator, fixed_mu: float = 0.8) -> Tensor:
-    """Training times: logit-normal u, then the shift `flux_linear`, `fixed` (mu = `fixed_mu`) or `none`. Shape (num,)."""
+    """Training times: logit-normal u, then the shift `flux_linear`, `fixed` (mu = `fixed_mu`) or `none`. Shape
+    (num,).
+    """
     shifts = {"flux_linear": linear_mu(num_tokens), "fixed": fixed_mu, "none": 0.0}
     if shift not in shifts:
         raise ValueError(f"shift={shift!r} is not one of {', '.join(shifts)}")

@@ -71,8 +71,8 @@ def _check_reasoning(reasoning: str) -> None:
 def chat_messages(goal: str, steps: Sequence[Step]) -> list[dict]:
     """The rounds so far as chat messages with structured parts, in true order.
 
-    Text parts are `{"type": "text", "text": ...}` and images `{"type": "image", "image": ImageLike}`. The last
-    message is a user turn (what the controller answers next) unless the last step is `stop`, which nothing
+    Text parts are `{"type": "text", "text": ...}` and images `{"type": "image", "image": ImageLike}`. The
+    last message is a user turn (what the controller answers next) unless the last step is `stop`, which nothing
     follows. Chat markup inside the texts is defused: `<|` becomes `< |`.
     """
     messages = [_text("user", goal)]

@@ -71,7 +71,8 @@ class Trajectory:
 class Sample:
     """A trajectory truncated at its k-th image: the context `C_k` and, in training, the target `I_k` (CLVR 3.2).
 
-    `step` is k, counted from 1. `reasonings` are all texts up to the round that draws, `references` are `I_1 .. I_{k-1}`.
+    `step` is k, counted from 1. `reasonings` are all texts up to the round that draws, `references` are `I_1 ..
+    I_{k-1}`.
     """
 
     trajectory_id: str

@@ -1,4 +1,6 @@
-"""Truncation of a trajectory at every image, and the accumulated text that conditions the diffusion model (CLVR 3.2, 3.3)."""
+"""Truncation of a trajectory at every image, and the accumulated text that conditions the diffusion model (CLVR 3.2,
+3.3).
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -42,11 +44,14 @@ def fit_trace(
     Raises:
         ValueError: if not even one word of the goal fits.
     """
-    full = count(trace(goal, reasonings))
+    text = trace(goal, reasonings)
+    full = count(text)
+    if full <= window:
+        return text, 0
     kept = list(reasonings)
-    while len(kept) > 1 and count(trace(goal, kept)) > window:
+    while len(kept) > 1 and count(text) > window:
         kept.pop(0)
-    text = trace(goal, kept)
+        text = trace(goal, kept)
     if kept and count(text) > window:
         words = kept[0].split(" ")
         while words and count(trace(goal, [" ".join(words)])) > window:
@@ -58,4 +63,4 @@ def fit_trace(
         if not words:
             raise ValueError(f"text window of {window} tokens holds no word of the goal {goal!r}")
         text = " ".join(words)
-    return text, max(0, full - count(text))
+    return text, full - count(text)

@@ -1,6 +1,9 @@
-"""LoRA policies on one set of base weights: `policy` is trained, `old` draws the rollouts, none is the reference (SFT)."""
+"""LoRA policies on one set of base weights: `policy` is trained, `old` draws the rollouts, none is the reference
+(SFT).
+"""
 
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +13,13 @@ from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 from torch import Tensor
 
+from clvr_train.models.klein import transformer_from
 from clvr_train.runtime.files import publish_folder
 
 POLICY, OLD = "policy", "old"
 
-# Every linear layer of both block types. `to_out` is a ModuleList in double blocks and a plain Linear in single ones, so
+# Every linear layer of both block types. `to_out` is a ModuleList in double blocks and a plain Linear in single
+# ones, so
 # a list of suffixes would miss the latter: a full match over the path is needed.
 LORA_TARGETS = (
     r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.linear_(in|out))"
@@ -37,7 +42,10 @@ def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int,
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=POLICY)
-    transformer.add_adapter(config, adapter_name=OLD)
+    with warnings.catch_warnings():
+        # peft warns of a second adapter, which is the point here.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        transformer.add_adapter(config, adapter_name=OLD)
     reached = len(adapter_weights(transformer, POLICY)) // 2
     if reached != expected_lora_layers(transformer):
         raise RuntimeError(f"LoRA reached {reached} layers, expected {expected_lora_layers(transformer)}")
@@ -64,7 +72,9 @@ def parameters(transformer: torch.nn.Module, adapter: str) -> list[torch.nn.Para
 
 @contextmanager
 def use(transformer: Flux2Transformer2DModel, adapter: str | None) -> Iterator[None]:
-    """Within the block the transformer is that policy (None: adapters off, the reference); afterwards `policy` again."""
+    """Within the block the transformer is that policy (None: adapters off, the reference); afterwards `policy`
+    again.
+    """
     requires_grad = [(p, p.requires_grad) for name in (POLICY, OLD) for p in parameters(transformer, name)]
     if adapter is None:
         transformer.disable_adapters()
@@ -95,9 +105,7 @@ def fold(transformer: Flux2Transformer2DModel, adapter: str = POLICY) -> dict[st
 
 def plain_copy(transformer: Flux2Transformer2DModel, state: dict[str, Tensor]) -> Flux2Transformer2DModel:
     """A transformer of the same configuration without adapters, with the weights of `fold`."""
-    copy = Flux2Transformer2DModel.from_config(transformer.config).to(transformer.device, transformer.dtype)
-    copy.load_state_dict(state)
-    return copy
+    return transformer_from(transformer.config, state)
 
 
 def save_lora(transformer: Flux2Transformer2DModel, adapter: str, folder: Path) -> None:

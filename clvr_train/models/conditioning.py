@@ -1,6 +1,7 @@
 """From samples to what the transformer is conditioned on: text states, reference tokens, position ids.
 
-Frozen encoders need to see a thing once: text states and image tokens are remembered, and every encoder call is counted.
+Frozen encoders need to see a thing once: text states and image tokens are remembered, and every encoder call is
+counted.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from clvr_train.runtime.files import publish_folder
 
@@ -87,6 +89,8 @@ def load_klein(
     """Loads a Klein folder from disk (never from a hub); encoder and VAE are frozen. Raises as `check_kind`."""
     folder = Path(folder)
     distilled = check_kind(folder, expect)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except OSError as error:
@@ -97,8 +101,18 @@ def load_klein(
     return Klein(folder, pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, distilled, window, tuple(layers))
 
 
+def transformer_from(config: dict, state: dict[str, Tensor]) -> Flux2Transformer2DModel:
+    """A transformer of a configuration that takes over the tensors given, dtype and device included."""
+    with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(config)
+    transformer.load_state_dict(state, assign=True)
+    return transformer
+
+
 def save_klein(source: Path, transformer: Flux2Transformer2DModel, target: Path, *, distilled: bool = False) -> None:
-    """Writes a whole Klein folder: the transformer given, every other part copied from `source`; nothing half-written."""
+    """Writes a whole Klein folder: the transformer given, every other part copied from `source`; nothing
+    half-written.
+    """
     staging = target.with_name(target.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging, ignore=shutil.ignore_patterns("transformer", "README.md"))

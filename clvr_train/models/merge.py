@@ -6,7 +6,7 @@ import re
 from diffusers import Flux2Transformer2DModel
 
 from clvr_train.method.merge import DeltaStatistics, check_same_tensors, merge_tensor
-from clvr_train.models.klein import Klein
+from clvr_train.models.klein import Klein, transformer_from
 
 _BLOCK = re.compile(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.")
 
@@ -35,8 +35,7 @@ def merge_transformers(
         for name in ("total", block):
             statistics.setdefault(name, DeltaStatistics()).add(w, d, a)
         merged[key] = merge_tensor(w, d, a, alpha_distill, alpha_align).to(w.dtype)
-    transformer = Flux2Transformer2DModel.from_config(base.transformer.config).to(base.transformer.dtype)
-    transformer.load_state_dict(merged)
+    transformer = transformer_from(base.transformer.config, merged)
     blocks = {name: part.report() for name, part in statistics.items() if name != "total"}
     return transformer, {"total": statistics["total"].report(), "blocks": blocks}
 

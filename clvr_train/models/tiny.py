@@ -7,6 +7,7 @@ tiny transformer covers 32 x 32 px (five VAE stages, then the 2 x 2 patches of F
 import json
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, special_tokens: tuple[str, ...] = ()) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of Qwen's class trained on `texts`; any text can be encoded, frequent words are one token."""
+    """A byte-level BPE tokenizer of Qwen's class trained on `texts`; any text can be encoded, frequent words are one
+    token.
+    """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special_tokens]
     prototype = Qwen2Tokenizer(vocab={"a": 0}, merges=[])
     bpe = Tokenizer(models.BPE())
@@ -41,7 +44,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, special_tokens
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator(chain(texts, ["system", "user", "assistant"] * 100), trainer)  # the template's words too
     learned = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"],

@@ -32,7 +32,9 @@ class Group:
 def roll_out(
     sampler: Sampler, tasks: Sequence[Task], reward: RewardFunction, *, group_size: int, run_seed: int, epoch: int
 ) -> list[Group]:
-    """Draws and judges one group a task; the noise of rollout k depends on (run seed, epoch, group, key of the task, k)."""
+    """Draws and judges one group a task; the noise of rollout k depends on (run seed, epoch, group, key of the task,
+    k).
+    """
     samples = [task.sample for task in tasks for _ in range(group_size)]
     seeds = [
         ("rollout", run_seed, epoch, place, *task.sample.key, k)
@@ -53,7 +55,9 @@ def roll_out(
 
 
 def set_advantages(groups: Sequence[Group], *, std: str, adv_clip_max: float, min_valid: int) -> None:
-    """Fills in `advantages` and `r` of every group of an epoch; they stay None for missing scores and dropped groups."""
+    """Fills in `advantages` and `r` of every group of an epoch; they stay None for missing scores and dropped
+    groups.
+    """
     rewards = [[score.value for score in group.scores] for group in groups]
     for group, advantages in zip(groups, group_advantages(rewards, std=std, min_valid=min_valid), strict=True):
         group.advantages = advantages

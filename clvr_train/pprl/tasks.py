@@ -22,7 +22,9 @@ class Task:
 
 
 def judgeable(tasks: Sequence[Task], reward: Callable[[Generation, Task], Score]) -> list[Task]:
-    """The tasks whose own target image gets a score: a prompt that the judge cannot read would only give missing ones."""
+    """The tasks whose own target image gets a score: a prompt that the judge cannot read would only give missing
+    ones.
+    """
     kept = []
     for task in tasks:
         demonstration = Generation(task.sample, open_image(task.sample.target), ("target", *task.sample.key))

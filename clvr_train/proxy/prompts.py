@@ -25,7 +25,9 @@ class Teacher(Protocol):
 
 
 def check_prompt(sample: Sample, prompt: ProxyPrompt) -> None:
-    """Raises TeacherRefusal unless the prompt fits the step: an edit exactly when there is a history, `idx` within it."""
+    """Raises TeacherRefusal unless the prompt fits the step: an edit exactly when there is a history, `idx` within
+    it.
+    """
     if bool(sample.references) != (prompt.p_i2i is not None):
         raise TeacherRefusal(f"p_i2i: {'needed' if sample.references else 'not allowed'} at step {sample.step}")
     if any(not 1 <= i <= len(sample.references) for i in prompt.idx):

@@ -41,7 +41,9 @@ def trajectory_reward(
 
 
 def simple_prompt(sample: Sample) -> ProxyPrompt:
-    """What the *simple RL* baseline shows the judge: the raw reasoning of this round and the newest image (CLVR A.9)."""
+    """What the *simple RL* baseline shows the judge: the raw reasoning of this round and the newest image (CLVR
+    A.9).
+    """
     reasoning = sample.reasonings[-1]
     if not sample.references:
         return ProxyPrompt(reasoning)

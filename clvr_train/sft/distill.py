@@ -19,9 +19,12 @@ from clvr_train.runtime.seeding import generator
 
 @torch.no_grad()
 def teacher_path(
-    teacher: torch.nn.Module, noise: Tensor, cond: Conditioning, without: Conditioning, times: Tensor, cfg: float, substeps: int
+    teacher: torch.nn.Module, noise: Tensor, cond: Conditioning, without: Conditioning, times: Tensor, cfg: float,
+    substeps: int
 ) -> list[Tensor]:
-    """The teacher's points at `times`, from noise (B, N, C) at times[0] = 1; `substeps` guided Euler steps between two."""
+    """The teacher's points at `times`, from noise (B, N, C) at times[0] = 1; `substeps` guided Euler steps between
+    two.
+    """
     path = [noise]
     for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         x = path[-1]

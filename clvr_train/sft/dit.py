@@ -30,8 +30,10 @@ def backward_flow_matching(
 ) -> LossOutputs:
     """Adds the gradients of the batch's mean flow-matching loss, a micro-batch at a time.
 
-    Time, noise and text dropout of a sample are functions of its seed alone. References stay when the text is dropped, so
-    that guidance has an unconditional branch of the form in which sampling asks for it. Micro-batches hold samples of one
+    Time, noise and text dropout of a sample are functions of its seed alone. References stay when the text is
+    dropped, so
+    that guidance has an unconditional branch of the form in which sampling asks for it. Micro-batches hold samples
+    of one
     bucket (the forward shares its position ids over the batch); their losses are weighted by their share of the batch.
 
     Args:

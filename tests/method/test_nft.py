@@ -67,7 +67,9 @@ def test_adaptive_weight_is_t_over_the_mean_error(case):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("weighting", ["adaptive", "none"])
 def test_gradient_on_policy_is_the_signed_flow_matching_gradient_for_any_beta(case, beta, weighting):
-    """At v = v_old: dL/dv = 2 A u / D (none) and 2 A t u / (mean|u| D) (adaptive); 0 at r = 1/2, opposite at r = 0 and 1."""
+    """At v = v_old: dL/dv = 2 A u / D (none) and 2 A t u / (mean|u| D) (adaptive); 0 at r = 1/2, opposite at r = 0
+    and 1.
+    """
     u = case["v_old"] - case["target"]
     numel = u[0].numel()
     gradients = {}
