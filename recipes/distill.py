@@ -34,7 +34,8 @@ def main(cfg: DictConfig) -> None:
         engine.restore(tensors, state)
     order = Order(len(samples), cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
-        for step in tqdm(range(engine.steps, cfg.train.steps), desc="distill", initial=engine.steps, total=cfg.train.steps):
+        todo = range(engine.steps, cfg.train.steps)
+        for step in tqdm(todo, desc="distill", initial=engine.steps, total=cfg.train.steps):
             drawn = order.batch(step)
             batch = [samples[index] for _, index in drawn]
             loss = backward_distillation(

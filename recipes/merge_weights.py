@@ -39,7 +39,8 @@ def main(cfg: DictConfig) -> None:
     save_klein(base.folder, transformer, run / "model", distilled=True)
     text = json.dumps({"sources": sources, **alphas, **report}, indent=2)
     write_atomic(run / "merge.json", text + "\n")
-    write_atomic(run / "model" / "README.md", f"# Merged Klein model\n\nDelta-space weight merge.\n\n```json\n{text}\n```\n")
+    card = f"# Merged Klein model\n\nDelta-space weight merge.\n\n```json\n{text}\n```\n"
+    write_atomic(run / "model" / "README.md", card)
     total = report["total"]
     logger.info(
         "relative shifts: distillation %.3f, alignment %.3f; cosine of the deltas %.3f",

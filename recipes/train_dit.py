@@ -52,7 +52,8 @@ def main(cfg: DictConfig) -> None:
         engine.restore(tensors, state)
     order = Order(len(samples), cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
-        for step in tqdm(range(engine.steps, cfg.train.steps), desc="train_dit", initial=engine.steps, total=cfg.train.steps):
+        todo = range(engine.steps, cfg.train.steps)
+        for step in tqdm(todo, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
             drawn = order.batch(step)
             batch = [samples[index] for _, index in drawn]
             seeds = [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in zip(drawn, batch, strict=True)]

@@ -1,8 +1,8 @@
 """Proxy Prompt RL: DiffusionNFT on a LoRA over the SFT weights, groups by (trajectory, step) (CLVR 3.2, A.6).
 
 `reward=proxy` judges by the teacher's proxy prompts, `reward=simple` by the raw reasoning (the ablation). Writes
-runs/<run>/{config.yaml, metrics.jsonl, rollouts.jsonl, samples/, checkpoints/, lora/, model/}; `model/` is the diffusers
-folder with the LoRA folded in. To resume, run the same command again.
+runs/<run>/{config.yaml, metrics.jsonl, rollouts.jsonl, samples/, checkpoints/, lora/, model/}; `model/` is the
+diffusers folder with the LoRA folded in. To resume, run the same command again.
 """
 
 import logging

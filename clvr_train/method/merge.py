@@ -13,7 +13,9 @@ def check_same_tensors(base: Mapping[str, Tensor], other: Mapping[str, Tensor], 
     missing = sorted(base.keys() - other.keys())
     extra = sorted(other.keys() - base.keys())
     if missing or extra:
-        raise ValueError(f"{name}: {len(missing)} tensors missing, e.g. {missing[:2]}; {len(extra)} unknown, e.g. {extra[:2]}")
+        raise ValueError(
+            f"{name}: {len(missing)} tensors missing, e.g. {missing[:2]}; {len(extra)} unknown, e.g. {extra[:2]}"
+        )
     for key, tensor in base.items():
         if other[key].shape != tensor.shape:
             raise ValueError(f"{name}: {key} has shape {tuple(other[key].shape)}, base has {tuple(tensor.shape)}")

@@ -156,9 +156,8 @@ class Conditioner:
 
     def bucket(self, sample: Sample) -> tuple:
         """Samples with the same bucket can share a forward: the same grids of references, in order."""
-        return tuple(
-            self.image(sample.trajectory_id, number, image)[1] for number, image in enumerate(sample.references, start=1)
-        )
+        numbered = enumerate(sample.references, start=1)
+        return tuple(self.image(sample.trajectory_id, number, image)[1] for number, image in numbered)
 
     def batch(self, samples: Sequence[Sample], drop_text: Sequence[bool] | None = None) -> Conditioning:
         """Conditions of samples of one bucket. Where `drop_text` holds, the text is empty; references stay."""

@@ -73,7 +73,7 @@ def check_kind(folder: Path, expect: str | None) -> bool:
     if expect is not None and distilled != (expect == "distilled"):
         kind = KINDS[distilled]
         reason = "; train the base and merge the distillation delta afterwards" if distilled else ""
-        raise ValueError(f"{folder}: is_distilled is {distilled}: this is a {kind} model, a {expect} one is needed{reason}")
+        raise ValueError(f"{folder}: is_distilled is {distilled}: a {kind} model, but a {expect} one is needed{reason}")
     return distilled
 
 
@@ -98,7 +98,8 @@ def load_klein(
     pipe.to(device)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
         part.requires_grad_(False).eval()
-    return Klein(folder, pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, distilled, window, tuple(layers))
+    parts = pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer
+    return Klein(folder, *parts, distilled, window, tuple(layers))
 
 
 def transformer_from(config: dict, state: dict[str, Tensor]) -> Flux2Transformer2DModel:

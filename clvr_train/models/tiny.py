@@ -30,7 +30,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, special_tokens: tuple[str, ...] = ()) -> Qwen2Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1024, special_tokens: tuple[str, ...] = ()
+) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of Qwen's class trained on `texts`; any text can be encoded, frequent words are one
     token.
     """
@@ -60,15 +62,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, special_tokens
 
 
 def tiny_vae(latent_channels: int = 8) -> AutoencoderKLFlux2:
-    """96 x 96 px <-> 3 x 3 tokens of `4 * latent_channels` numbers; about 0.2 M parameters."""
-    stages = (8, 16, 32, 32, 32)
+    """96 x 96 px <-> 3 x 3 tokens of `4 * latent_channels` numbers; about 0.25 M parameters."""
+    stages = (4, 8, 16, 32, 32)
     return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * len(stages),
         up_block_types=("UpDecoderBlock2D",) * len(stages),
         block_out_channels=stages,
         layers_per_block=1,
         latent_channels=latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=96,
     )
 

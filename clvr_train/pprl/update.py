@@ -62,7 +62,9 @@ def training_items(groups: Sequence[Group], *, steps: int, num_times: int, run_s
     return [items[i] for i in order.tolist()]
 
 
-def backward_nft(conditioner: Conditioner, items: Sequence[Item], options: NFTOptions, micro_batch: int) -> dict[str, float]:
+def backward_nft(
+    conditioner: Conditioner, items: Sequence[Item], options: NFTOptions, micro_batch: int
+) -> dict[str, float]:
     """Adds the gradients of the mean NFT loss over the items; returns its parts and the distances between the policies.
 
     Per micro-batch: one forward of `old` and, if `beta_kl > 0`, one of the reference (adapters off), both without
