@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import Flux2Transformer2DModel
-from peft import LoraConfig
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from clvr_train.models.klein import transformer_from
@@ -112,5 +112,9 @@ def save_lora(transformer: Flux2Transformer2DModel, adapter: str, folder: Path) 
     """Writes one adapter in the `diffusers` LoRA format, which `Flux2KleinPipeline.load_lora_weights` reads."""
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
-    transformer.save_lora_adapter(staging, adapter_name=adapter, weight_name="pytorch_lora_weights.safetensors")
+    Flux2KleinPipeline.save_lora_weights(
+        staging,
+        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
+        transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+    )
     publish_folder(staging, folder)

@@ -95,8 +95,8 @@ def load_klein(
         pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(f"{folder}: incomplete model folder ({str(error).splitlines()[0]})") from error
-    pipe.to(device)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        part.to(device=device)
         part.requires_grad_(False).eval()
     parts = pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer
     return Klein(folder, *parts, distilled, window, tuple(layers))
