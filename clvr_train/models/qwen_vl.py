@@ -159,10 +159,14 @@ def load_vlm(
     kind = json.loads(config.read_text()).get("model_type")
     if kind != "qwen3_vl":
         raise ValueError(f"{config}: model_type: {kind!r} is no Qwen3-VL; the controller must be 'qwen3_vl'")
-    for name in ("tokenizer.json", "preprocessor_config.json", "model.safetensors"):
-        index = folder / f"{name}.index.json"
-        if not (folder / name).is_file() and not index.is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; the folder lacks a part of the controller")
+    # Each part by the names under which the versions of transformers have saved it.
+    for names in (
+        ("tokenizer.json",),
+        ("processor_config.json", "preprocessor_config.json"),
+        ("model.safetensors", "model.safetensors.index.json"),
+    ):
+        if not any((folder / name).is_file() for name in names):
+            raise FileNotFoundError(f"{folder / names[0]}: no such file; the folder lacks a part of the controller")
     model, info = Qwen3VLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
     )
@@ -209,7 +213,6 @@ def save_vlm(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor
     staging.mkdir(parents=True)
     model.save_pretrained(staging, safe_serialization=True)
     processor.save_pretrained(staging)
-    processor.image_processor.save_pretrained(staging)
     publish_folder(staging, folder)
 
 
