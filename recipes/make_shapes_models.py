@@ -25,9 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
-    """Mean absolute error of the reconstruction plus a small KL term; then the statistics that normalise latents."""
+    """Absolute and squared error of the reconstruction and a small KL term; then the statistics that normalise latents.
+
+    Scenes of 1 to 9 things: fuller than goals ask for, so that a picture teaches more. Without the squared error the
+    colours come thousands of steps after the shapes.
+    """
     rng = random.Random(seed)
-    images = torch.stack([to_tensor(render(random_scene(rng))) for _ in range(cfg.images)]).to(device)
+    scenes = (random_scene(rng, rng.randint(1, 9)) for _ in range(cfg.images))
+    images = torch.stack([to_tensor(render(scene)) for scene in scenes]).to(device)
     torch.manual_seed(seed)
     vae = tiny.tiny_vae(cfg.latent_channels).to(device).train()
     engine = Engine(vae.parameters(), lr=cfg.lr, total_steps=cfg.steps, warmup_steps=20)
@@ -38,7 +43,8 @@ def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
         noise = torch.randn(posterior.mean.shape, generator=source).to(device)
         reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = (reconstruction - x).abs().mean() + cfg.kl_weight * kl
+        error = reconstruction - x
+        loss = error.abs().mean() + 4 * error.square().mean() + cfg.kl_weight * kl
         loss.backward()
         engine.step()
     logger.info("VAE after %d steps: loss %.4f", step + 1, loss.item())

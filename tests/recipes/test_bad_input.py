@@ -1,0 +1,60 @@
+"""Bad input: one line that names what is wrong, exit status 1, nothing half-written."""
+
+import json
+
+import pytest
+
+from tests.recipes.conftest import TINY
+
+SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=data", "train.steps=1", *TINY]
+
+
+def refused(result, *parts):
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and len(lines) == 1, result.stderr
+    assert all(part in lines[0] for part in parts), lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.lrr=1", ("train.lrr", "train.lr")),
+        ("model.folder=nowhere", ("nowhere/model_index.json", "not found")),
+        ("data.folder=nowhere", ("nowhere/trajectories.jsonl",)),
+        ("train.shift=linear", ("shift='linear'", "flux_linear")),
+        ("train.batch=0", ("batch_size=0",)),
+    ],
+)
+def test_train_dit_refuses(world, run_recipe, override, parts):
+    refused(run_recipe(world, "train_dit", *SFT, "run=refused", override, check=False), *parts)
+    assert not (world / "runs" / "refused" / "model").exists()
+
+
+def test_distilled_model_is_no_training_base(world, run_recipe, distilled_folder):
+    result = run_recipe(world, "train_dit", *SFT, f"model.folder={distilled_folder}", "run=distilled", check=False)
+    refused(result, str(distilled_folder), "is_distilled", "merge the distillation delta afterwards")
+
+
+def test_malformed_trajectory_names_file_record_and_field(world, run_recipe, tmp_path):
+    lines = (world / "data" / "trajectories.jsonl").read_text().splitlines()
+    record = json.loads(lines[2])
+    record["conversations"][1]["value"] = record["conversations"][1]["value"].replace("<IMG_GEN_1>", "<IMG_GEN_7>")
+    lines[2] = json.dumps(record)
+    (tmp_path / "trajectories.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "images").symlink_to(world / "data" / "images")
+    (tmp_path / "base").symlink_to((world / "base").resolve())
+    result = run_recipe(tmp_path, "train_dit", *SFT, "data.folder=.", "run=malformed", check=False)
+    refused(result, "trajectories.jsonl:3: ")
+
+
+def test_proxy_prompts_are_asked_for_by_name(world, run_recipe, tmp_path):
+    (tmp_path / "trajectories.jsonl").write_text((world / "data" / "trajectories.jsonl").read_text())
+    (tmp_path / "images").mkdir()
+    for path in (world / "data" / "images").iterdir():
+        (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
+    result = run_recipe(
+        world, "train_pprl", "experiment=shapes_pprl", "model.folder=base", f"data.folder={tmp_path}", "run=x", *TINY,
+        check=False,
+    )  # fmt: skip
+    refused(result, "proxy_prompts.jsonl", "make_proxy_prompts.py")

@@ -1,0 +1,52 @@
+"""Kill a recipe at any moment, run the same command: the weights are those of a run that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.recipes.conftest import TINY, command
+
+SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=data", "train.steps=8", "train.save_every=2",
+       "train.batch=4", "train.warmup_steps=2", "train.log_every=1", *TINY]  # fmt: skip
+PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=data", "pprl.epochs=6", "pprl.save_every=2",
+        "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3", *TINY]  # fmt: skip
+
+
+def kill_after_first_checkpoint(folder, recipe, overrides, run):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command(recipe, *overrides, f"run={run}"), cwd=folder, env=environment, stderr=subprocess.DEVNULL
+    )
+    checkpoints = folder / "runs" / run / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not (checkpoints / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "ended before the first checkpoint"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "runs" / run / "model").exists(), "the kill came too late to prove anything"
+
+
+@pytest.mark.parametrize(("recipe", "overrides"), [("train_dit", SFT), ("train_pprl", PPRL)])
+def test_killed_and_resumed_equals_uninterrupted(world, run_recipe, recipe, overrides):
+    run_recipe(world, recipe, *overrides, f"run={recipe}_whole")
+    kill_after_first_checkpoint(world, recipe, overrides, f"{recipe}_killed")
+    run_recipe(world, recipe, *overrides, f"run={recipe}_killed")
+    whole, killed = (world / "runs" / f"{recipe}_{name}" for name in ("whole", "killed"))
+    weights = "model/transformer/diffusion_pytorch_model.safetensors"
+    first, second = load_file(whole / weights), load_file(killed / weights)
+    base = load_file(world / "base" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert first.keys() == second.keys() == base.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert any(not first[name].equal(base[name]) for name in first), "nothing was trained"
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, killed)]
+    for row in (*logs[0], *logs[1]):
+        row.pop("nfe", None)  # counts the evaluations of one process
+    assert logs[0] == logs[1]
+    if recipe == "train_pprl":
+        assert (whole / "rollouts.jsonl").read_text() == (killed / "rollouts.jsonl").read_text()
