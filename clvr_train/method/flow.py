@@ -84,7 +84,12 @@ def sample_times(num: int, num_tokens: int, shift: str, generator: torch.Generat
     return shift_time(torch.sigmoid(torch.randn(num, generator=generator)), shifts[shift])
 
 
-def flow_matching_loss(v: Tensor, x0: Tensor, e: Tensor) -> Tensor:
-    """Mean squared error to the velocity target, one value a sample, in float32 or better: shape (batch,)."""
+def squared_error(v: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, one value a sample, in float32 or better: shape (batch,)."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return (v.to(dtype) - velocity_target(x0, e).to(dtype)).square().flatten(1).mean(1)
+    return (v.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+
+
+def flow_matching_loss(v: Tensor, x0: Tensor, e: Tensor) -> Tensor:
+    """`squared_error` to the velocity target."""
+    return squared_error(v, velocity_target(x0, e))

@@ -19,7 +19,7 @@ Kept from the official code: the factors, the clip, the weights. Left out: fp16 
 import torch
 from torch import Tensor
 
-from clvr_train.method.flow import x0_from_velocity
+from clvr_train.method.flow import squared_error, x0_from_velocity
 
 WEIGHTINGS = ("adaptive", "none")
 OLD_SCHEDULES = ("on_policy", "ramp", "late")
@@ -34,7 +34,7 @@ def _branch_error(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor, weighting: str)
     """Error of one branch a sample, shape (batch,)."""
     if weighting == "none":
         target = (x_t - x0) / t.reshape(-1, *(1,) * (x_t.ndim - 1))
-        return (v - target).square().flatten(1).mean(1)
+        return squared_error(v, target)
     error = x0_from_velocity(x_t, v, t) - x0
     weight = error.detach().double().abs().flatten(1).mean(1).clamp_min(1e-5)
     return error.square().flatten(1).mean(1) / weight
@@ -76,7 +76,7 @@ def nft_loss(
 
 def kl_loss(v: Tensor, v_ref: Tensor) -> Tensor:
     """Distance to the SFT policy in velocity space, `mean (v - v_ref)^2` a sample: shape (batch,)."""
-    return (v.float() - v_ref.detach().float()).square().flatten(1).mean(1)
+    return squared_error(v, v_ref.detach())
 
 
 def old_decay(optimizer_step: int, schedule: str) -> float:

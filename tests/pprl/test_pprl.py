@@ -1,0 +1,139 @@
+"""The task mix by counts, what takes part in an update, and the number of network evaluations."""
+
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from clvr_train.method.flow import inference_times
+from clvr_train.method.score import ProxyPrompt, Score
+from clvr_train.method.trajectory import Sample
+from clvr_train.models.adapters import OLD, POLICY, add_policies, parameters
+from clvr_train.models.conditioning import Conditioner
+from clvr_train.models.sampler import Sampler
+from clvr_train.pprl.rollout import roll_out, rollout_metrics, set_advantages
+from clvr_train.pprl.tasks import Task, TaskMix, judgeable
+from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
+from clvr_train.runtime.seeding import generator as seeded
+
+RED = Image.new("RGB", (96, 96), "red")
+OPTIONS = NFTOptions(beta_nft=0.5, beta_kl=0.01, adv_clip_max=5.0, weighting="adaptive")
+
+
+def task(name, history=0):
+    prompt = ProxyPrompt("p") if history == 0 else ProxyPrompt("p", "e", (history,))
+    return Task(Sample(name, history + 1, "goal", ("r",), (RED,) * history, RED), prompt)
+
+
+def mix_of(num=7, t2i_share=0.5):
+    tasks = [task(f"{name}{i}", history) for history, name in enumerate("abcdef") for i in range(num + history)]
+    return TaskMix(tasks, t2i_share=t2i_share, seed=0)
+
+
+def test_mix_is_exact_over_epochs_whatever_their_size():
+    for groups in (3, 4, 5):
+        drawn = [t for epoch in range(80) for t in mix_of().groups(epoch, groups)]
+        count = Counter(min(len(t.sample.references), 4) for t in drawn)
+        total = len(drawn)
+        assert count[0] == total // 2
+        assert all(abs(count[history] - total / 8) <= 1 for history in (1, 2, 3, 4)), count
+
+
+def test_every_task_of_a_class_comes_once_a_cycle_and_epochs_are_reproducible():
+    mix = mix_of(num=6)
+    first = [t.sample.key for epoch in range(3) for t in mix.groups(epoch, 4) if not t.sample.references]
+    assert len(set(first)) == len(first) == 6
+    assert mix.groups(5, 4) == mix_of(num=6).groups(5, 4)
+
+
+def test_classes_that_lack_leave_their_share_and_impossible_shares_are_refused():
+    mix = TaskMix([task("a"), task("b", 2)], t2i_share=0.5, seed=0)
+    assert Counter(len(t.sample.references) for t in mix.groups(0, 8)) == {0: 4, 2: 4}
+    with pytest.raises(ValueError, match="no task has images of history"):
+        TaskMix([task("a")], t2i_share=0.5, seed=0)
+    with pytest.raises(ValueError, match="no task has an empty history"):
+        TaskMix([task("a", 1)], t2i_share=0.5, seed=0)
+
+
+def test_tasks_that_the_judge_cannot_read_are_left_out():
+    readable = judgeable(
+        [task("a"), task("b")], lambda g, t: Score(None, "?") if t.sample.trajectory_id == "b" else Score(1.0)
+    )
+    assert [t.sample.trajectory_id for t in readable] == ["a"]
+
+
+@pytest.fixture
+def setting(tiny_klein):
+    klein = tiny_klein()
+    add_policies(klein.transformer, rank=4, alpha=8, seed=0)
+    calls = Counter()
+
+    def count(module, args, kwargs):
+        calls["samples"] += kwargs["hidden_states"].shape[0]
+
+    klein.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    return Sampler(Conditioner(klein, (96, 96)), steps=4, cfg=3.0, batch=8), calls
+
+
+def chance(generation, _):
+    """A reward that differs within a group: untrained models draw pictures that no rule can tell apart."""
+    return Score(torch.rand(1, generator=seeded(*generation.seed)).item())
+
+
+def test_network_evaluations_are_those_of_the_formula(setting):
+    """Rollout: 2 N a picture with guidance. Update: 3 forwards (old, reference, policy) a picture and time."""
+    sampler, calls = setting
+    groups = roll_out(sampler, [task("a"), task("b", 2)], chance, group_size=3, run_seed=0, epoch=0)
+    assert calls["samples"] == 6 * 4 * 2 == sampler.nfe
+    assert sampler.conditioner.text_calls == 2  # both groups have the same text here; and the empty one
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0)
+    assert len(items) == 6 * 2
+    calls.clear()
+    metrics = backward_nft(sampler.conditioner, items, OPTIONS, micro_batch=8)
+    assert calls["samples"] == 3 * len(items)
+    assert metrics["kl"] == 0 and metrics["v_minus_v_old"] == 0  # all three policies are equal at the start
+    calls.clear()
+    backward_nft(sampler.conditioner, items, NFTOptions(0.5, 0.0, 5.0, "adaptive"), micro_batch=8)
+    assert calls["samples"] == 2 * len(items)
+
+
+def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
+    sampler, _ = setting
+
+    def reward(generation, task):
+        k = generation.seed[-1]
+        if task.sample.trajectory_id == "flat":
+            return Score(0.5)
+        return Score(None, "the judge failed") if k == 0 else Score(0.1 * k)
+
+    groups = roll_out(sampler, [task("flat"), task("a")], reward, group_size=4, run_seed=0, epoch=0)
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    metrics = rollout_metrics(groups)
+    assert metrics["flat_groups"] == 0.5 and metrics["missing_scores"] == 1 / 8
+    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0)
+    assert len(items) == 3 * 2 and {item.sample.trajectory_id for item in items} == {"a"}
+    grid = inference_times(9, 4).tolist()
+    assert Counter(item.t in grid[:2] for item in items) == {True: 3, False: 3}
+    other = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=1)
+    assert not any(a.noise.equal(b.noise) for a in items for b in other)
+    with pytest.raises(ValueError, match="num_times=5"):
+        training_items(groups, steps=4, num_times=5, run_seed=0, epoch=0)
+
+
+def test_gradient_of_an_epoch_does_not_depend_on_the_micro_batch(setting):
+    sampler, _ = setting
+    groups = roll_out(sampler, [task("a"), task("b", 1)], chance, group_size=3, run_seed=0, epoch=0)
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    items = training_items(groups, steps=4, num_times=1, run_seed=0, epoch=0)
+    transformer = sampler.conditioner.klein.transformer
+    gradients = []
+    for micro_batch in (1, 8):
+        backward_nft(sampler.conditioner, items, OPTIONS, micro_batch)
+        gradients.append([p.grad.clone() for p in parameters(transformer, POLICY)])
+        transformer.zero_grad()
+    assert all(p.grad is None for p in parameters(transformer, OLD))
+    assert any(g.abs().max() > 0 for g in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)  # measured 2e-7
