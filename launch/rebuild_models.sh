@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Rebuilds models/shapes/{base,distilled,controller} from nothing. Run it again to go on where it stopped.
+# Needs the environment that `make .venv` makes. DEVICE=cuda trains on a GPU; on CPU the controller takes hours.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+DEVICE=${DEVICE:-cpu}       # cpu | cuda
+export PATH="$PWD/.venv/bin:$PATH"
+
+once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last product, is there
+  local file=$1
+  shift
+  [[ -e $file ]] || python "recipes/$@"
+}
+
+publish() { # publish NAME: runs/rebuild/NAME/model becomes models/shapes/NAME
+  local staging=models/shapes/$1.staging
+  rm -rf "$staging"
+  mkdir -p models/shapes
+  cp -r "runs/rebuild/$1/model" "$staging"
+  rm -rf "models/shapes/$1"
+  mv "$staging" "models/shapes/$1"
+}
+
+# The drawing model: VAE, text encoder and an untrained transformer, then pretraining, then distillation.
+once runs/rebuild/parts/model     make_shapes_models.py experiment=shapes_models  device="$DEVICE"
+once runs/rebuild/base/model      train_dit.py          experiment=shapes_base    model.device="$DEVICE"
+once runs/rebuild/distilled/model distill.py            experiment=shapes_distill model.device="$DEVICE"
+
+# The controller: SFT from random weights on many trajectories.
+once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py out=runs/rebuild/vlm_data num=20000 seed=1
+once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
+
+for name in base distilled controller; do publish "$name"; done
+du -sh models/shapes
