@@ -6,6 +6,7 @@ ROOT=ablation
 SEEDS=${SEEDS:-"0 1 2"}
 JOBS=${JOBS:-2}             # seeds side by side, a core each
 DATA=runs/$ROOT/data
+RL_DATA=runs/$ROOT/rl_data
 CONTROLLER=runs/$ROOT/controller
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -18,8 +19,8 @@ once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last p
 seed() { # every system of one seed
   local run=$ROOT/seed$1 runs=runs/$ROOT/seed$1
   once "$runs/sft/model"    train_dit.py     experiment=shapes_sft   run="$run/sft"    seed="$1" data.folder=$DATA
-  once "$runs/pprl/model"   train_pprl.py    experiment=shapes_pprl  run="$run/pprl"   seed="$1" data.folder=$DATA model.folder="$runs/sft/model"
-  once "$runs/simple/model" train_pprl.py    experiment=shapes_pprl  run="$run/simple" seed="$1" data.folder=$DATA model.folder="$runs/sft/model" reward=simple
+  once "$runs/pprl/model"   train_pprl.py    experiment=shapes_pprl  run="$run/pprl"   seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model"
+  once "$runs/simple/model" train_pprl.py    experiment=shapes_pprl  run="$run/simple" seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model" reward=simple
   once "$runs/merge/model"  merge_weights.py experiment=shapes_merge run="$run/merge"  aligned="$runs/pprl/model"
   evaluate="evaluate.py experiment=shapes_eval seed=$1"
   once "$runs/eval/base/evaluation.json"   $evaluate run="$run/eval/base"
@@ -32,8 +33,9 @@ seed() { # every system of one seed
 }
 
 mkdir -p "runs/$ROOT"
-once $DATA/trajectories.jsonl    make_shapes.py        experiment=shapes_data  out=$DATA
-once $DATA/proxy_prompts.jsonl   make_proxy_prompts.py experiment=shapes_proxy data.folder=$DATA
+once $DATA/trajectories.jsonl    make_shapes.py        experiment=shapes_data    run=$ROOT/data
+once $RL_DATA/trajectories.jsonl make_shapes.py        experiment=shapes_rl_data run=$ROOT/rl_data
+once $RL_DATA/proxy_prompts.jsonl make_proxy_prompts.py experiment=shapes_proxy  data.folder=$RL_DATA
 once $CONTROLLER/model           train_vlm.py          experiment=shapes_train_vlm run=$ROOT/controller data.folder=$DATA
 
 failed=0

@@ -18,11 +18,12 @@ stage() { # stage NAME RECIPE [overrides]: runs it unless it is done, and notes 
   echo $((SECONDS - start)) >"$RUNS/.done/$name"
 }
 
-stage data       make_shapes.py        experiment=shapes_data         out=$RUNS/data
+stage data       make_shapes.py        experiment=shapes_data         run=$ROOT/data
+stage rl_data    make_shapes.py        experiment=shapes_rl_data      run=$ROOT/rl_data
 stage sft        train_dit.py          experiment=shapes_sft          run=$ROOT/sft        data.folder=$RUNS/data
 stage controller train_vlm.py          experiment=shapes_train_vlm    run=$ROOT/controller data.folder=$RUNS/data
-stage proxy      make_proxy_prompts.py experiment=shapes_proxy        data.folder=$RUNS/data
-stage pprl       train_pprl.py         experiment=shapes_pprl         run=$ROOT/pprl       data.folder=$RUNS/data model.folder=$RUNS/sft/model
+stage proxy      make_proxy_prompts.py experiment=shapes_proxy        data.folder=$RUNS/rl_data
+stage pprl       train_pprl.py         experiment=shapes_pprl         run=$ROOT/pprl       data.folder=$RUNS/rl_data model.folder=$RUNS/sft/model
 stage merge      merge_weights.py      experiment=shapes_merge        run=$ROOT/merge      aligned=$RUNS/pprl/model
 stage base_eval   evaluate.py experiment=shapes_eval run=$ROOT/eval/base
 stage sft_eval    evaluate.py experiment=shapes_eval run=$ROOT/eval/sft    model.folder=$RUNS/sft/model

@@ -27,7 +27,7 @@ once runs/rebuild/base/model      train_dit.py          experiment=shapes_base  
 once runs/rebuild/distilled/model distill.py            experiment=shapes_distill model.device="$DEVICE"
 
 # The controller: SFT from random weights on many trajectories.
-once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py out=runs/rebuild/vlm_data num=20000 seed=1
+once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=20000 seed=1
 once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
 
 for name in base distilled controller; do publish "$name"; done

@@ -1,5 +1,6 @@
 """What several recipes build from the same config groups: models, samples, judges."""
 
+import logging
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -11,6 +12,16 @@ from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
 from clvr_train.shapes.base import captions
 from clvr_train.shapes.render import render
+
+logger = logging.getLogger(__name__)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether an earlier command on this run came to its end: then there is nothing to do."""
+    finished = (run / "model").exists()
+    if finished:
+        logger.info("%s is finished: %s is there", run, run / "model")
+    return finished
 
 
 def build_klein(model: DictConfig, expect: str | None, folder: str | Path | None = None) -> Klein:
@@ -26,8 +37,10 @@ def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
     return Conditioner(klein, tuple(model.size_px))
 
 
-def read_samples(folder: str | Path, limit: int | None = None) -> list[Sample]:
+def read_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
     """Every truncation of every trajectory of a folder (of the first `limit` trajectories)."""
+    if folder is None:
+        raise ValueError("data.folder: a folder of trajectories is needed")
     samples: list[Sample] = []
     for count, trajectory in enumerate(read_trajectories(Path(folder)), start=1):
         samples += truncate(trajectory)

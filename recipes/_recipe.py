@@ -25,7 +25,8 @@ from clvr_train.runtime.files import write_atomic
 from recipes._config import ConfigError, check_command, help_text, parse, pinned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-EXPECTED = (ValueError, OSError, MissingMandatoryValue)  # the user's to mend; anything else shows a traceback
+# the user's to mend; anything else is ours, with a traceback
+EXPECTED = (ValueError, OSError, FloatingPointError, MissingMandatoryValue)
 RESUME = "run the same command again to go on"
 
 # Runs are named by `run`, so Hydra makes no folders, changes no directory and configures no log of its own.
@@ -94,7 +95,8 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
             `train.steps`.
 
     Raises:
-        ConfigError: the name is empty or leaves `runs/`, or the folder was made with another config.
+        ConfigError: the name is empty or leaves `runs/`, or the run has begun with another config. A run of which
+            nothing but the config was written has not begun: a command that failed can be put right and repeated.
     """
     if not cfg.run or ".." in Path(cfg.run).parts:
         raise ConfigError(f"run: {cfg.run!r} is not a name for a folder under runs/")
@@ -105,7 +107,7 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
         old, new = dict(_leaves(OmegaConf.load(file))), dict(_leaves(OmegaConf.create(text)))
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         changed = [key for key in changed if key not in may_change]
-        if changed:
+        if changed and _has_begun(folder):
             key = changed[0]
             raise ConfigError(
                 f"{file}: this run was made with {key}={old.get(key)} and is now asked for {new.get(key)}"
@@ -114,6 +116,11 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(file, text)
     return folder
+
+
+def _has_begun(folder: Path) -> bool:
+    written = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml")
+    return any(path.stat().st_size > 0 for path in written)
 
 
 def _run(

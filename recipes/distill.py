@@ -13,13 +13,15 @@ from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.distill import backward_distillation
-from recipes._build import build_conditioner, build_klein, caption_samples
+from recipes._build import build_conditioner, build_klein, caption_samples, is_finished
 from recipes._recipe import recipe, run_folder
 
 
 @recipe("distill")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
+    if is_finished(run):
+        return
     klein = build_klein(cfg.model, expect="base")
     teacher = build_klein(cfg.model, expect="base").transformer
     samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)

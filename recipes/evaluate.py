@@ -47,14 +47,16 @@ def closed_loop(cfg: DictConfig, sampler: Sampler, goals: list[Goal], run: Path)
     from clvr_train.models.qwen_vl import load_controller
 
     controller = load_controller(Path(cfg.controller), device=cfg.model.device)
-    results = run_closed_loop(
-        controller,
-        sampler.draw,
-        [(goal.id, goal.text) for goal in goals],
-        max_rounds=cfg.max_rounds,
-        seed=cfg.seed,
-        nfe_per_image=sampler.nfe_per_image,
-    )
+    with tqdm(total=len(goals), desc="evaluate") as bar:
+        results = run_closed_loop(
+            controller,
+            sampler.draw,
+            [(goal.id, goal.text) for goal in goals],
+            max_rounds=cfg.max_rounds,
+            seed=cfg.seed,
+            nfe_per_image=sampler.nfe_per_image,
+            on_done=bar.update,
+        )
     write_trajectories(run, [result.trajectory for result in results if result.trajectory is not None])
     outcomes, images = [], []
     for goal, result in zip(goals, results, strict=True):
@@ -70,6 +72,8 @@ def closed_loop(cfg: DictConfig, sampler: Sampler, goals: list[Goal], run: Path)
 def main(cfg: DictConfig) -> None:
     if cfg.mode not in MODES:
         raise ValueError(f"mode={cfg.mode!r} is not one of {', '.join(MODES)}")
+    if cfg.mode == "closed_loop" and cfg.controller is None:
+        raise ValueError("mode=closed_loop needs controller=FOLDER, the model of a recipes/train_vlm.py run")
     run = run_folder(cfg)
     if (run / "evaluation.json").exists():
         logger.info("%s is there already; remove it to evaluate again", run / "evaluation.json")

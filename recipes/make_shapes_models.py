@@ -16,9 +16,10 @@ from clvr_train.data.images import to_image, to_tensor
 from clvr_train.models import tiny
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.seeding import generator
-from clvr_train.shapes.base import corpus
+from clvr_train.shapes.base import documents
 from clvr_train.shapes.goals import random_scene
 from clvr_train.shapes.render import confident_scene, render
+from recipes._build import is_finished
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
     vae = tiny.tiny_vae(cfg.latent_channels).to(device).train()
     engine = Engine(vae.parameters(), lr=cfg.lr, total_steps=cfg.steps, warmup_steps=20)
     source = generator("vae", seed)
-    for step in tqdm(range(cfg.steps), desc="vae"):
+    for _ in tqdm(range(cfg.steps), desc="vae"):
         x = images[torch.randint(len(images), (cfg.batch,), generator=source)]
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=source).to(device)
@@ -47,7 +48,7 @@ def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
         loss = error.abs().mean() + 4 * error.square().mean() + cfg.kl_weight * kl
         loss.backward()
         engine.step()
-    logger.info("VAE after %d steps: loss %.4f", step + 1, loss.item())
+    logger.info("VAE after %d steps: loss %.4f", cfg.steps, loss.item())
     vae.eval()
     tiny.set_latent_statistics(vae, images[:1024])
     with torch.no_grad():
@@ -68,20 +69,22 @@ def train_text_encoder(cfg: DictConfig, tokenizer, texts: list[str], device: str
     model = tiny.tiny_text_encoder(tokenizer, cfg.width).to(device).train()
     engine = Engine(model.parameters(), lr=cfg.lr, total_steps=cfg.steps, warmup_steps=50)
     source = generator("text", seed)
-    for step in tqdm(range(cfg.steps), desc="text encoder"):
+    for _ in tqdm(range(cfg.steps), desc="text encoder"):
         rows = torch.randint(len(chats), (cfg.batch,), generator=source)
         ids, mask = encoded["input_ids"][rows].to(device), encoded["attention_mask"][rows].to(device)
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         loss.backward()
         engine.step()
-    logger.info("text encoder after %d steps: loss %.3f nats a token", step + 1, loss.item())
+    logger.info("text encoder after %d steps: loss %.3f nats a token", cfg.steps, loss.item())
     return model.eval()
 
 
 @recipe("make_shapes_models")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
-    texts = list(corpus(cfg.text_encoder.texts, cfg.seed))
+    if is_finished(run):
+        return
+    texts = documents(cfg.text_encoder.texts, cfg.seed)
     tokenizer = tiny.train_tokenizer(texts, cfg.text_encoder.vocab_size)
     vae = train_vae(cfg.vae, cfg.device, cfg.seed)
     text_encoder = train_text_encoder(cfg.text_encoder, tokenizer, texts, cfg.device, cfg.seed)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from clvr_train.models.klein import save_klein
 from clvr_train.models.merge import file_hash, merge_transformers
 from clvr_train.runtime.files import write_atomic
-from recipes._build import build_klein
+from recipes._build import build_klein, is_finished
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 @recipe("merge_weights")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
+    if is_finished(run):
+        return
     base = build_klein(cfg.model, "base", cfg.base)
     distilled = build_klein(cfg.model, "distilled", cfg.distilled)
     aligned = build_klein(cfg.model, "base", cfg.aligned)

@@ -70,6 +70,8 @@ def main(cfg: DictConfig) -> None:
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     galleries = []
     for path in folder.glob("eval/*/trajectories.jsonl"):
+        if path.stat().st_size == 0:  # the controller drew nothing
+            continue
         rows = map(json.loads, (path.parent / "outcomes.jsonl").read_text().splitlines())
         galleries += gallery(path.parent, {row["id"]: row for row in rows}, cfg.galleries)
     if (folder / "data" / "trajectories.jsonl").exists():
@@ -80,7 +82,7 @@ def main(cfg: DictConfig) -> None:
         summary=summary,
         curves=read_curves(folder),
         galleries=galleries,
-        notes=["Pass rate: share of held-out goals that the exact reader finds fulfilled, with Wilson's 95 % interval."],
+        notes=["Pass rate: share of held-out goals that the reader finds fulfilled, with Wilson's 95 % interval."],
     )
     logger.info("%s\n\nsummary: %s\nreport:  %s", table(systems), folder / "summary.json", folder / "report.html")
 

@@ -15,7 +15,7 @@ from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._build import build_conditioner, build_klein, caption_samples, read_samples
+from recipes._build import build_conditioner, build_klein, caption_samples, is_finished, read_samples
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 @recipe("train_dit")
 def main(cfg: DictConfig) -> None:
-    run = run_folder(cfg)
+    run = run_folder(cfg, may_change=("train.lr", "train.steps", "train.log_every", "train.save_every"))
+    if is_finished(run):
+        return
     klein = build_klein(cfg.model, expect="base")
     if cfg.data.captions:
         samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)

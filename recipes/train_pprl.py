@@ -24,7 +24,7 @@ from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.shapes.judge import ShapesJudge
-from recipes._build import build_conditioner, build_klein, read_samples
+from recipes._build import build_conditioner, build_klein, is_finished, read_samples
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     """
     samples = read_samples(cfg.data.folder)
     if cfg.reward == "proxy":
-        prompts = read_proxy_prompts(cfg.data.folder)
+        prompts = read_proxy_prompts(cfg.data.folder, samples)
         tasks = [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
     elif cfg.reward == "simple":
         tasks = [Task(sample, simple_prompt(sample)) for sample in samples]
@@ -50,6 +50,8 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
 @recipe("train_pprl")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
+    if is_finished(run):
+        return
     judge = ShapesJudge()
     mix = TaskMix(build_tasks(cfg, judge), t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
     klein = build_klein(cfg.model, expect="base")

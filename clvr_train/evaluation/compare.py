@@ -28,8 +28,8 @@ def compare(
         pairs: (a, b) for the differences a - b.
 
     Returns:
-        `systems`: name -> pass_rate with the 95 % interval of the mean over goals, the rate of every seed, mean score and
-        NFEs a goal. `differences`: "a - b" -> difference and its 95 % bootstrap interval over goals.
+        `systems`: name -> pass_rate with the 95 % interval of the mean over goals, the rate of every seed, mean
+        score and NFEs a goal. `differences`: "a - b" -> difference and its 95 % bootstrap interval over goals.
     """
     rates = {}
     for name, seeds in systems.items():
@@ -54,7 +54,8 @@ def compare(
 
 def markdown(comparison: dict) -> str:
     """The comparison as two Markdown tables."""
-    lines = ["| system | pass rate | 95 % interval | by seed | mean score | NFE a goal | goals |", "|---|---|---|---|---|---|---|"]
+    head = ("system", "pass rate", "95 % interval", "by seed", "mean score", "NFE a goal", "goals")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in comparison["systems"].items():
         seeds = ", ".join(f"{rate:.3f}" for rate in row["by_seed"])
         lo, hi = row["ci95"]

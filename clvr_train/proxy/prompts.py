@@ -1,10 +1,12 @@
 """Proxy prompts: an offline teacher turns each context into a short judgeable prompt, once (CLVR 3.2).
 
 On disk beside the trajectories: `proxy_prompts.jsonl`, one line a step,
-`{"trajectory": id, "step": k, "p_t2i": ..., "p_i2i": ... or null, "idx": [...]}`, and `rejected.jsonl` with
-`{"trajectory", "step", "reason"}` for contexts that the teacher refused. Nothing is ever filled in by default.
+`{"trajectory": id, "step": k, "context": hash, "p_t2i": ..., "p_i2i": ... or null, "idx": [...]}`, and `rejected.jsonl`
+with `{"trajectory", "step", "reason"}` for contexts that the teacher refused. Nothing is ever filled in by default. The
+hash of the context's texts tells prompts that were made for other trajectories of the same name.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Protocol
 
 from clvr_train.method.score import ProxyPrompt, TeacherRefusal
 from clvr_train.method.trajectory import Sample
+from clvr_train.method.truncation import trace
 from clvr_train.runtime.files import write_atomic
 
 FILE, REJECTED = "proxy_prompts.jsonl", "rejected.jsonl"
@@ -39,25 +42,32 @@ def write_proxy_prompts(teacher: Teacher, samples: Iterable[Sample], folder: Pat
     written, rejected = [], []
     for sample in samples:
         position = {"trajectory": sample.trajectory_id, "step": sample.step}
+        context = {"context": context_hash(sample)}
         try:
             prompt = teacher.proxy_prompt(sample)
             check_prompt(sample, prompt)
         except TeacherRefusal as refusal:
             rejected.append(position | {"reason": str(refusal)})
             continue
-        written.append(position | {"p_t2i": prompt.p_t2i, "p_i2i": prompt.p_i2i, "idx": list(prompt.idx)})
+        written.append(position | context | {"p_t2i": prompt.p_t2i, "p_i2i": prompt.p_i2i, "idx": list(prompt.idx)})
     for name, rows in ((REJECTED, rejected), (FILE, written)):
         write_atomic(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(written), len(rejected)
 
 
-def read_proxy_prompts(folder: Path) -> dict[tuple[str, int], ProxyPrompt]:
-    """Proxy prompts by (trajectory id, step).
+def context_hash(sample: Sample) -> str:
+    """Identifies the texts of a context: goal and reasonings."""
+    return hashlib.sha256(trace(sample.goal, sample.reasonings).encode()).hexdigest()[:16]
+
+
+def read_proxy_prompts(folder: Path, samples: Iterable[Sample]) -> dict[tuple[str, int], ProxyPrompt]:
+    """The proxy prompts of samples by (trajectory id, step); samples that the teacher rejected have none.
 
     Raises:
         FileNotFoundError: none were made for this folder.
-        ValueError: a malformed line, as `<file>:<line>: <field>: <rule>`.
+        ValueError: a malformed line, as `<file>:<line>: <field>: <rule>`, or one made for another context.
     """
+    contexts = {sample.key: context_hash(sample) for sample in samples}
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; make it with recipes/make_proxy_prompts.py data.folder={folder}")
@@ -67,7 +77,10 @@ def read_proxy_prompts(folder: Path) -> dict[tuple[str, int], ProxyPrompt]:
         try:
             row = json.loads(line)
             key = (row["trajectory"], row["step"])
-            prompts[key] = ProxyPrompt(row["p_t2i"], row["p_i2i"], tuple(row["idx"]))
+            if key in contexts:
+                if row["context"] != contexts[key]:
+                    raise ValueError("context: made for another context; run recipes/make_proxy_prompts.py again")
+                prompts[key] = ProxyPrompt(row["p_t2i"], row["p_i2i"], tuple(row["idx"]))
         except KeyError as error:
             raise ValueError(f"{where}: {error.args[0]}: missing") from error
         except (TypeError, AttributeError) as error:

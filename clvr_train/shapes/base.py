@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
+from clvr_train.method.truncation import trace
 from clvr_train.shapes.controller import make_trajectories, mutate
 from clvr_train.shapes.edits import write_edits
 from clvr_train.shapes.goals import sample_goals, train_scene
@@ -73,6 +74,14 @@ def corpus(n: int, seed: int) -> Iterator[str]:
             written += 1
         if written >= count:
             return
+
+
+def documents(n: int, seed: int) -> list[str]:
+    """`n` texts as an encoder meets them: captions, and whole traces of trajectories, in which attributes recur."""
+    texts = [caption.text for caption in captions(n // 2, seed)]
+    for trajectory in make_trajectories(n - len(texts), seed):
+        texts.append(trace(trajectory.goal, [step.reasoning for step in trajectory.steps]))
+    return texts
 
 
 def vocabulary() -> list[str]:

@@ -17,7 +17,9 @@ def command(recipe: str, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_recipe():
-    """run_recipe(folder, name, *overrides) -> CompletedProcess, in a process of its own with `folder` as working folder."""
+    """run_recipe(folder, name, *overrides) -> CompletedProcess, in a process of its own with `folder` as working
+    folder.
+    """
 
     def run(folder, recipe, *overrides, check=True):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,6 +38,6 @@ def world(tmp_path_factory, tiny_folder, run_recipe):
     """A folder with trajectories, their proxy prompts and the tiny base model as `base`."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "base").symlink_to(tiny_folder)
-    run_recipe(folder, "make_shapes", "out=data", "num=24")
-    run_recipe(folder, "make_proxy_prompts", "data.folder=data")
+    run_recipe(folder, "make_shapes", "run=data", "num=24")
+    run_recipe(folder, "make_proxy_prompts", "data.folder=runs/data")
     return folder

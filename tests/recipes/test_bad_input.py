@@ -6,7 +6,7 @@ import pytest
 
 from tests.recipes.conftest import TINY
 
-SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=data", "train.steps=1", *TINY]
+SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=1", *TINY]
 
 
 def refused(result, *parts):
@@ -37,21 +37,21 @@ def test_distilled_model_is_no_training_base(world, run_recipe, distilled_folder
 
 
 def test_malformed_trajectory_names_file_record_and_field(world, run_recipe, tmp_path):
-    lines = (world / "data" / "trajectories.jsonl").read_text().splitlines()
+    lines = (world / "runs" / "data" / "trajectories.jsonl").read_text().splitlines()
     record = json.loads(lines[2])
     record["conversations"][1]["value"] = record["conversations"][1]["value"].replace("<IMG_GEN_1>", "<IMG_GEN_7>")
     lines[2] = json.dumps(record)
     (tmp_path / "trajectories.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "images").symlink_to(world / "data" / "images")
+    (tmp_path / "images").symlink_to(world / "runs" / "data" / "images")
     (tmp_path / "base").symlink_to((world / "base").resolve())
     result = run_recipe(tmp_path, "train_dit", *SFT, "data.folder=.", "run=malformed", check=False)
     refused(result, "trajectories.jsonl:3: ")
 
 
 def test_proxy_prompts_are_asked_for_by_name(world, run_recipe, tmp_path):
-    (tmp_path / "trajectories.jsonl").write_text((world / "data" / "trajectories.jsonl").read_text())
+    (tmp_path / "trajectories.jsonl").write_text((world / "runs" / "data" / "trajectories.jsonl").read_text())
     (tmp_path / "images").mkdir()
-    for path in (world / "data" / "images").iterdir():
+    for path in (world / "runs" / "data" / "images").iterdir():
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
     result = run_recipe(
         world, "train_pprl", "experiment=shapes_pprl", "model.folder=base", f"data.folder={tmp_path}", "run=x", *TINY,

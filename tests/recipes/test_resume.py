@@ -1,4 +1,6 @@
-"""Kill a recipe at any moment, run the same command: the weights are those of a run that was never stopped, bit for bit."""
+"""Kill a recipe at any moment, run the same command: the weights are those of a run that was never stopped, bit for
+bit.
+"""
 
 import json
 import os
@@ -11,9 +13,9 @@ from safetensors.torch import load_file
 
 from tests.recipes.conftest import TINY, command
 
-SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=data", "train.steps=8", "train.save_every=2",
+SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=8", "train.save_every=2",
        "train.batch=4", "train.warmup_steps=2", "train.log_every=1", *TINY]  # fmt: skip
-PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=data", "pprl.epochs=6", "pprl.save_every=2",
+PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=6", "pprl.save_every=2",
         "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3", *TINY]  # fmt: skip
 
 
