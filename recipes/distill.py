@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from clvr_train.data.batches import Order
 from clvr_train.models.klein import save_klein
-from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.distill import backward_distillation
@@ -29,11 +28,9 @@ def main(cfg: DictConfig) -> None:
     conditioner.prime(samples)
     student = klein.transformer.requires_grad_(True).train()
     engine = Engine(student.parameters(), lr=cfg.train.lr, total_steps=cfg.train.steps, clip=cfg.train.clip)
-    saved = load_latest(run / "checkpoints")
+    saved = engine.resume(run / "checkpoints")
     if saved is not None:
-        _, tensors, state = saved
-        student.load_state_dict({n: tensors[f"model.{n}"] for n in student.state_dict()})
-        engine.restore(tensors, state)
+        student.load_state_dict(saved[1])
     order = Order(len(samples), cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
         todo = range(engine.steps, cfg.train.steps)
@@ -52,9 +49,7 @@ def main(cfg: DictConfig) -> None:
             )
             metrics.log(engine.steps + 1, loss=loss, **engine.step())
             if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
-                tensors, state = engine.state()
-                weights = {f"model.{name}": tensor for name, tensor in student.state_dict().items()}
-                save_checkpoint(run / "checkpoints", engine.steps, weights | tensors, state)
+                engine.save(run / "checkpoints", engine.steps, student.state_dict())
     save_klein(klein.folder, student, run / "model", distilled=True)
 
 

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from clvr_train.data.batches import Order
 from clvr_train.models.klein import save_klein
-from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.dit import backward_flow_matching
@@ -47,11 +46,9 @@ def main(cfg: DictConfig) -> None:
         weight_decay=cfg.train.weight_decay,
         clip=cfg.train.clip,
     )
-    saved = load_latest(run / "checkpoints")
+    saved = engine.resume(run / "checkpoints")
     if saved is not None:
-        _, tensors, state = saved
-        transformer.load_state_dict({n: tensors[f"model.{n}"] for n in transformer.state_dict()})
-        engine.restore(tensors, state)
+        transformer.load_state_dict(saved[1])
     order = Order(len(samples), cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
         todo = range(engine.steps, cfg.train.steps)
@@ -71,9 +68,7 @@ def main(cfg: DictConfig) -> None:
             if engine.steps % cfg.train.log_every == 0 or engine.steps == cfg.train.steps:
                 metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
             if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
-                tensors, state = engine.state()
-                weights = {f"model.{name}": tensor for name, tensor in transformer.state_dict().items()}
-                save_checkpoint(run / "checkpoints", engine.steps, weights | tensors, state)
+                engine.save(run / "checkpoints", engine.steps, transformer.state_dict())
     save_klein(klein.folder, transformer, run / "model")
 
 

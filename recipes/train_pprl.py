@@ -20,7 +20,6 @@ from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import simple_prompt, trajectory_reward
-from clvr_train.runtime.checkpoint import load_latest, save_checkpoint
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.shapes.judge import ShapesJudge
@@ -69,12 +68,11 @@ def main(cfg: DictConfig) -> None:
         weight_decay=cfg.pprl.weight_decay,
         clip=cfg.pprl.clip,
     )
-    saved = load_latest(run / "checkpoints")
+    saved = engine.resume(run / "checkpoints")
     first = 0
     if saved is not None:
-        first, tensors, state = saved
+        first, tensors = saved
         load_policies(transformer, tensors)
-        engine.restore(tensors, state)
 
     def reward(generation, task):
         return trajectory_reward(
@@ -105,8 +103,7 @@ def main(cfg: DictConfig) -> None:
             metrics.log(epoch + 1, **values, old_decay=decay)
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
             if (epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs:
-                tensors, state = engine.state()
-                save_checkpoint(run / "checkpoints", epoch + 1, policy_tensors(transformer) | tensors, state)
+                engine.save(run / "checkpoints", epoch + 1, policy_tensors(transformer))
     save_lora(transformer, POLICY, run / "lora")
     save_klein(klein.folder, plain_copy(transformer, fold(transformer)), run / "model")
 

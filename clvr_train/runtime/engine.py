@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clvr_train.runtime.checkpoint import flatten_optimizer, restore_optimizer
+from clvr_train.runtime.checkpoint import flatten_optimizer, load_latest, restore_optimizer, save_checkpoint
 
+WEIGHTS = "model."  # what the names of the trained weights begin with in a checkpoint
 SCHEDULES = ("constant", "cosine")
 
 
@@ -89,14 +90,20 @@ class Engine:
         self.steps += 1
         return {"grad_norm": norm, "lr": lr, "skipped": float(not finite)}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, JSON) for `save_checkpoint`."""
+    def save(self, folder: Path, step: int, weights: dict[str, Tensor]) -> None:
+        """Writes a checkpoint of the weights, the optimiser and the counts under `step`."""
         tensors, optimizer = flatten_optimizer(self.optimizer)
+        named = {f"{WEIGHTS}{name}": tensor for name, tensor in weights.items()}
         counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        return tensors, {"optimizer": optimizer, **counts}
+        save_checkpoint(folder, step, named | tensors, {"optimizer": optimizer, **counts})
 
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+    def resume(self, folder: Path) -> tuple[int, dict[str, Tensor]] | None:
+        """Takes over the newest whole checkpoint and returns its step and weights; None if there is none."""
+        saved = load_latest(folder)
+        if saved is None:
+            return None
+        step, tensors, state = saved
         restore_optimizer(self.optimizer, tensors, state["optimizer"])
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        return step, {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
