@@ -34,10 +34,10 @@ def run_recipe():
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, tiny_folder, run_recipe):
-    """A folder with trajectories, their proxy prompts and the tiny base model as `base`."""
+def world(tmp_path_factory, run_recipe):
+    """A folder with trajectories, their proxy prompts and the base model that ships as `base`."""
     folder = tmp_path_factory.mktemp("world")
-    (folder / "base").symlink_to(tiny_folder)
+    (folder / "base").symlink_to(ROOT / "models" / "shapes" / "base")
     run_recipe(folder, "make_shapes", "run=data", "num=24")
     run_recipe(folder, "make_proxy_prompts", "data.folder=runs/data")
     return folder

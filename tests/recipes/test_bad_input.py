@@ -5,9 +5,7 @@ import shutil
 
 import pytest
 
-from tests.recipes.conftest import TINY
-
-SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=1", *TINY]
+SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=1"]
 
 
 def refused(result, *parts):
@@ -51,7 +49,7 @@ def test_malformed_trajectory_names_file_record_and_field(world, run_recipe, tmp
 
 def test_proxy_prompts_are_asked_for_by_name(world, run_recipe, tmp_path):
     shutil.copytree(world / "runs" / "data", tmp_path / "data", ignore=shutil.ignore_patterns("proxy*"))
-    pprl = ["experiment=shapes_pprl", "model.folder=base", f"data.folder={tmp_path}/data", "run=x", *TINY]
+    pprl = ["experiment=shapes_pprl", "model.folder=base", f"data.folder={tmp_path}/data", "run=x"]
     refused(run_recipe(world, "train_pprl", *pprl, check=False), "proxy_prompts.jsonl", "make_proxy_prompts.py")
 
 

@@ -11,12 +11,12 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.recipes.conftest import TINY, command
+from tests.recipes.conftest import command
 
 SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=8", "train.save_every=2",
-       "train.batch=4", "train.warmup_steps=2", "train.log_every=1", *TINY]  # fmt: skip
+       "train.batch=4", "train.warmup_steps=2", "train.log_every=1"]  # fmt: skip
 PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=6", "pprl.save_every=2",
-        "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3", *TINY]  # fmt: skip
+        "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3"]  # fmt: skip
 
 
 def kill_after_first_checkpoint(folder, recipe, overrides, run):

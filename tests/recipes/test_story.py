@@ -48,7 +48,8 @@ def story(tmp_path_factory, tiny_folder, distilled_folder):
         run("evaluate", *EVAL, "run=s/eval/merged_closed_loop", "model.folder=runs/s/merge/model", "mode=closed_loop",
             "controller=runs/s/controller/model", "max_rounds=2")  # fmt: skip
         run("run_closed_loop", "experiment=shapes_closed_loop", "run=s/loop", "goals=[a red circle]", "max_rounds=1",
-            "model.folder=runs/s/merge/model", "steps=1", "controller.folder=runs/s/controller/model", *TINY)  # fmt: skip
+            "model.folder=runs/s/merge/model", "steps=1", "controller.folder=runs/s/controller/model",
+            *TINY)  # fmt: skip
         run("report", "run=s")
         run("compare", "run=s")
     return folder / "runs" / "s"
@@ -65,7 +66,8 @@ def test_training_leaves_its_logs(story):
     assert [row["step"] for row in read_metrics(story / "proxy")] == [1, 2]
     rows = [json.loads(line) for line in (story / "proxy" / "rollouts.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 2 and all(0 <= row["reward"] <= 1 for row in rows)
-    assert sorted(path.name for path in (story / "proxy" / "samples").iterdir()) == ["epoch-00001.png", "epoch-00002.png"]
+    grids = sorted(path.name for path in (story / "proxy" / "samples").iterdir())
+    assert grids == ["epoch-00001.png", "epoch-00002.png"]
     assert (story / "proxy" / "lora" / "pytorch_lora_weights.safetensors").exists()
 
 
