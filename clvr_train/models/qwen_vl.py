@@ -238,6 +238,9 @@ def make_tiny_controller(
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(_tiny_config(tokenizer, width, layers))
+    # The default scale (0.02) is made for large models that train long. Here the patches' colours would drown where
+    # they are: the language model then sees what is in the picture long before it can tell a cell from another.
+    torch.nn.init.normal_(model.model.visual.pos_embed.weight)
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id], pad_token_id=tokenizer.pad_token_id
     )
@@ -254,6 +257,7 @@ def _tiny_config(tokenizer, width: int, layers: int) -> Qwen3VLConfig:
         num_key_value_heads=width // 32,
         head_dim=32,
         max_position_embeddings=4096,
+        initializer_range=width**-0.5,
         rope_parameters={
             "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True,
         },  # fmt: skip
@@ -273,6 +277,7 @@ def _tiny_config(tokenizer, width: int, layers: int) -> Qwen3VLConfig:
         out_hidden_size=width,
         num_position_embeddings=36,  # 6 x 6 patches of a 96 x 96 px canvas, interpolated for others
         deepstack_visual_indexes=[0],
+        initializer_range=0.05,
     )
     token = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
