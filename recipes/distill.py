@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
             metrics.log(engine.steps + 1, loss=loss, **engine.step())
             if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
                 engine.save(run / "checkpoints", engine.steps, student.state_dict())
-    save_klein(klein.folder, student, run / "model", distilled=True)
+    save_klein(klein.folder, student, run / "model", distilled=True, precision=cfg.train.save_precision)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(cfg: DictConfig) -> None:
                 metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
             if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
                 engine.save(run / "checkpoints", engine.steps, transformer.state_dict())
-    save_klein(klein.folder, transformer, run / "model")
+    save_klein(klein.folder, transformer, run / "model", precision=cfg.train.save_precision)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from clvr_train.runtime.files import publish_folder
 
 KINDS = ("base", "distilled")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REFERENCE_TIME = 10  # T offset of the first reference and step between references
 
 
@@ -110,14 +111,24 @@ def transformer_from(config: dict, state: dict[str, Tensor]) -> Flux2Transformer
     return transformer
 
 
-def save_klein(source: Path, transformer: Flux2Transformer2DModel, target: Path, *, distilled: bool = False) -> None:
+def save_klein(
+    source: Path,
+    transformer: Flux2Transformer2DModel,
+    target: Path,
+    *,
+    distilled: bool = False,
+    precision: str = "fp32",
+) -> None:
     """Writes a whole Klein folder: the transformer given, every other part copied from `source`; nothing
     half-written.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in transformer.state_dict().items()}
     staging = target.with_name(target.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging, ignore=shutil.ignore_patterns("transformer", "README.md"))
-    transformer.save_pretrained(staging / "transformer", safe_serialization=True)
+    transformer_from(transformer.config, state).save_pretrained(staging / "transformer", safe_serialization=True)
     index = json.loads((staging / "model_index.json").read_text())
     index["is_distilled"] = distilled
     (staging / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import (
@@ -102,3 +103,16 @@ def test_kind_of_a_folder(tiny_folder, distilled_folder, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         check_kind(tmp_path, "base")
+
+
+def test_saved_precision_is_that_asked_for_and_loads_as_float32(tiny_klein, tmp_path):
+    klein = tiny_klein()
+    save_klein(klein.folder, klein.transformer, tmp_path / "model", precision="bf16")
+    stored = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    loaded = load_klein(tmp_path / "model", expect="base", window=48, layers=(1, 2, 3)).transformer
+    for name, tensor in klein.transformer.state_dict().items():
+        assert loaded.state_dict()[name].equal(tensor.bfloat16().float())
+    with pytest.raises(ValueError, match="precision='fp8' is not one of fp32, bf16"):
+        save_klein(klein.folder, klein.transformer, tmp_path / "other", precision="fp8")
+    assert not (tmp_path / "other").exists()
