@@ -92,13 +92,13 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
 
     Args:
         may_change: dotted keys to which a later command on the same run may give another value, say
-            `train.steps`.
+            `train.steps`; not once the run has its `model/`, which the config would no longer describe.
 
     Raises:
         ConfigError: the name is empty or leaves `runs/`, or the run has begun with another config. A run of which
             nothing but the config was written has not begun: a command that failed can be put right and repeated.
     """
-    if not cfg.run or ".." in Path(cfg.run).parts:
+    if not cfg.run or ".." in Path(cfg.run).parts or Path(cfg.run).is_absolute():
         raise ConfigError(f"run: {cfg.run!r} is not a name for a folder under runs/")
     folder = Path("runs") / cfg.run
     file = folder / "config.yaml"
@@ -106,7 +106,7 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
     if file.exists():
         old, new = dict(_leaves(OmegaConf.load(file))), dict(_leaves(OmegaConf.create(text)))
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changed = [key for key in changed if key not in may_change]
+        changed = [key for key in changed if key not in may_change or (folder / "model").exists()]
         if changed and _has_begun(folder):
             key = changed[0]
             raise ConfigError(

@@ -38,9 +38,9 @@ def main(cfg: DictConfig) -> None:
     sources = {name: {"folder": str(part.folder), "sha256": file_hash(part)} for name, part in
                (("base", base), ("distilled", distilled), ("aligned", aligned))}  # fmt: skip
     alphas = {"alpha_distill": cfg.alpha_distill, "alpha_align": cfg.alpha_align}
-    save_klein(base.folder, transformer, run / "model", distilled=True)
     text = json.dumps({"sources": sources, **alphas, **report}, indent=2)
-    write_atomic(run / "merge.json", text + "\n")
+    write_atomic(run / "merge.json", text + "\n")  # before the model, which says that the run is finished
+    save_klein(base.folder, transformer, run / "model", distilled=True)
     card = f"# Merged Klein model\n\nDelta-space weight merge.\n\n```json\n{text}\n```\n"
     write_atomic(run / "model" / "README.md", card)
     total = report["total"]

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -111,6 +112,9 @@ class _Mirror:
             self._give_up(error)
             return
         self._failures = (wandb.Error, OSError, RuntimeError, ValueError)
+        options = dict(options)
+        if options.get("id"):  # the name of a run may hold what an id may not, such as a slash
+            options["id"] = re.sub(r"[:;,#?/']", "-", options["id"])
         try:
             self._run = wandb.init(**options)
         except self._failures as error:
