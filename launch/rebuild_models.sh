@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rebuilds models/shapes/{base,distilled,controller} from nothing. Run it again to go on where it stopped.
-# Needs the environment that `make .venv` makes. DEVICE=cuda trains on a GPU; on CPU the controller takes hours.
+# Needs the environment that `make .venv` makes. DEVICE=cuda trains on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-cpu}       # cpu | cuda
@@ -27,7 +27,7 @@ once runs/rebuild/base/model      train_dit.py          experiment=shapes_base  
 once runs/rebuild/distilled/model distill.py            experiment=shapes_distill model.device="$DEVICE"
 
 # The controller: SFT from random weights on many trajectories.
-once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=20000 seed=1
+once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=6000
 once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
 
 for name in base distilled controller; do publish "$name"; done
