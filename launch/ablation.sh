@@ -38,11 +38,13 @@ once $RL_DATA/trajectories.jsonl make_shapes.py        experiment=shapes_rl_data
 once $RL_DATA/proxy_prompts.jsonl make_proxy_prompts.py experiment=shapes_proxy  data.folder=$RL_DATA
 once $CONTROLLER/model           train_vlm.py          experiment=shapes_train_vlm run=$ROOT/controller data.folder=$DATA
 
-failed=0
+pids=()
 for s in $SEEDS; do
-  while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=1; done
+  while (($(jobs -rp | wc -l) >= JOBS)); do sleep 1; done
   seed "$s" >"runs/$ROOT/seed$s.log" 2>&1 &
+  pids+=($!)
 done
-while (($(jobs -rp | wc -l) > 0)); do wait -n || failed=1; done
-((failed == 0)) || { echo "a seed failed: see runs/$ROOT/seed*.log" >&2; exit 1; }
+for pid in "${pids[@]}"; do
+  wait "$pid" || { echo "a seed failed: see runs/$ROOT/seed*.log" >&2; exit 1; }
+done
 python recipes/compare.py run=$ROOT

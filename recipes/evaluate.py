@@ -86,6 +86,8 @@ def main(cfg: DictConfig) -> None:
         outcomes, images = single_step(sampler, goals, cfg.seed, cfg.batch)
     else:
         outcomes, images = closed_loop(cfg, sampler, goals, run)
+    if sampler.conditioner.texts_cut:
+        logger.info("%d texts were cut to the window of %d tokens", sampler.conditioner.texts_cut, klein.window)
     save_grid([image for image in images if image is not None][:64], run / "samples.png")
     write_atomic(run / "outcomes.jsonl", "".join(json.dumps(row) + "\n" for row in rows(outcomes)))
     summary = summarise(outcomes, steps=cfg.steps, cfg=cfg.cfg, mode=cfg.mode)

@@ -82,6 +82,7 @@ def main(cfg: DictConfig) -> None:
     resume = first if saved else None
     with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, RolloutRecord(run, resume) as record:
         for epoch in tqdm(range(first, cfg.pprl.epochs), desc="train_pprl", initial=first, total=cfg.pprl.epochs):
+            nfe_before = sampler.nfe
             tasks = mix.groups(epoch, cfg.rollout.groups)
             groups = roll_out(
                 sampler, tasks, reward, group_size=cfg.rollout.group_size, run_seed=cfg.seed, epoch=epoch
@@ -92,7 +93,7 @@ def main(cfg: DictConfig) -> None:
             items = training_items(
                 groups, steps=cfg.rollout.steps, num_times=cfg.pprl.num_times, run_seed=cfg.seed, epoch=epoch
             )
-            values = rollout_metrics(groups) | {"nfe": sampler.nfe, "items": len(items)}
+            values = rollout_metrics(groups) | {"nfe": sampler.nfe - nfe_before, "items": len(items)}
             for part in range(cfg.pprl.steps_per_epoch):
                 chunk = items[part :: cfg.pprl.steps_per_epoch]
                 if chunk:
@@ -104,6 +105,7 @@ def main(cfg: DictConfig) -> None:
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
             if (epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs:
                 engine.save(run / "checkpoints", epoch + 1, policy_tensors(transformer))
+    logger.info("%d texts were cut to the window of %d tokens", conditioner.texts_cut, klein.window)
     save_lora(transformer, POLICY, run / "lora")
     save_klein(klein.folder, plain_copy(transformer, fold(transformer)), run / "model")
 

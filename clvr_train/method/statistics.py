@@ -43,7 +43,7 @@ def paired_bootstrap(
     rng = random.Random(seed)
     n = len(differences)
     means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(resamples))
-    return sum(differences) / n, means[int(0.025 * resamples)], means[min(int(0.975 * resamples), resamples - 1)]
+    return sum(differences) / n, means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
 
 
 def _check_n(n: int) -> None:

@@ -6,6 +6,7 @@ counted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,12 +29,6 @@ class Conditioning:
     image_ids: Tensor
     text_ids: Tensor
     num_target: int
-
-    def repeat(self, times: int) -> "Conditioning":
-        """The whole batch `times` times, one after the other."""
-        references = None if self.references is None else self.references.repeat(times, 1, 1)
-        text = self.text.repeat(times, 1, 1)
-        return Conditioning(text, references, self.image_ids, self.text_ids, self.num_target)
 
 
 def predict_velocity(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -71,7 +66,7 @@ class Conditioner:
         self.memory = memory
         self.text_calls = self.image_calls = self.texts_cut = self.tokens_cut = 0
         self._texts: dict[str, Tensor] = {}
-        self._images: dict[tuple[str, int], tuple[Tensor, tuple[int, int]]] = {}
+        self._images: dict[tuple[str, int], tuple[ImageLike, Tensor, tuple[int, int]]] = {}
         self._fitted: dict[tuple, str] = {}
 
     def fitted_text(self, sample: Sample) -> str:
@@ -97,18 +92,20 @@ class Conditioner:
     def image(self, trajectory_id: str, number: int, image: ImageLike) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (n, C) and grid of image `number` (from 1) of a trajectory; each is encoded once, by itself."""
         key = (trajectory_id, number)
-        if key not in self._images:
+        known = self._images.get(key)
+        if known is None or not (known[0] is image or isinstance(image, Path) and known[0] == image):
             self._encode_images([key], [image])
-        return self._images[key]
+        _, tokens, grid = self._images[key]
+        return tokens, grid
 
     def _encode_images(self, keys: list[tuple[str, int]], images: Sequence[ImageLike]) -> None:
         pixels = [self._cropped(key, image) for key, image in zip(keys, images, strict=True)]
         for size in dict.fromkeys(p.shape for p in pixels):
-            same = [(key, p) for key, p in zip(keys, pixels, strict=True) if p.shape == size]
+            same = [i for i, p in enumerate(pixels) if p.shape == size]
             self.image_calls += len(same)
-            tokens = encode_images(self.klein, torch.stack([p for _, p in same]))
-            for (key, _), encoded in zip(same, tokens, strict=True):
-                _remember(self._images, key, (encoded, self.klein.grid(tuple(size[1:]))), self.memory)
+            tokens = encode_images(self.klein, torch.stack([pixels[i] for i in same]))
+            for i, encoded in zip(same, tokens, strict=True):
+                _remember(self._images, keys[i], (images[i], encoded, self.klein.grid(tuple(size[1:]))), self.memory)
 
     def _cropped(self, key: tuple[str, int], image: ImageLike) -> Tensor:
         """Pixels (3, H, W), the centre crop whose sides are multiples of a token, as upstream crops references."""

@@ -39,8 +39,8 @@ def training_items(groups: Sequence[Group], *, steps: int, num_times: int, run_s
     """Every rollout that takes part, at `num_times` times of the rollout grid, in an order shuffled by (seed, epoch).
 
     The times of a rollout are stratified: the grid (1 included, 0 not) is cut into `num_times` equal parts and one time
-    is drawn from each. Rollouts without an advantage and flat groups (all advantages 0) give no items: with A = 0 and
-    v = v_old their policy gradient is 0.
+    is drawn from each. Rollouts without an advantage and flat groups (all advantages 0) give no items: nothing in them
+    says where to go, and the trust region and the KL term act through the other groups.
     """
     if not 1 <= num_times <= steps:
         raise ValueError(f"num_times={num_times}: must lie between 1 and the {steps} steps of a rollout")

@@ -85,7 +85,7 @@ class Engine:
         if self.skipped_in_a_row > self.max_skipped:
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} gradients in a row are not finite at optimiser step {self.steps}; "
-                f"the last checkpoint is untouched: resume with a lower learning rate than {self.lr}"
+                f"the last checkpoint is untouched: start a run with a lower learning rate than {self.lr}"
             )
         self.steps += 1
         return {"grad_norm": norm, "lr": lr, "skipped": float(not finite)}
@@ -95,7 +95,8 @@ class Engine:
         tensors, optimizer = flatten_optimizer(self.optimizer)
         named = {f"{WEIGHTS}{name}": tensor for name, tensor in weights.items()}
         counts = {"steps": self.steps, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
-        save_checkpoint(folder, step, named | tensors, {"optimizer": optimizer, **counts})
+        # Two stay: one that the disk has damaged is noticed at resume, and then there is another.
+        save_checkpoint(folder, step, named | tensors, {"optimizer": optimizer, **counts}, keep=2)
 
     def resume(self, folder: Path) -> tuple[int, dict[str, Tensor]] | None:
         """Takes over the newest whole checkpoint and returns its step and weights; None if there is none."""

@@ -27,6 +27,15 @@ def test_group_shares_one_text_encoding_and_references_are_encoded_once(tiny_kle
     assert cond.image_ids[9:18, 0].unique().tolist() == [10] and cond.image_ids[18:, 0].unique().tolist() == [20]
 
 
+def test_another_picture_under_the_same_name_is_encoded_anew(tiny_klein):
+    conditioner = Conditioner(tiny_klein(), (96, 96))
+    first, _ = conditioner.image("goal-1", 1, RED)
+    again, _ = conditioner.image("goal-1", 1, RED)
+    other, _ = conditioner.image("goal-1", 1, BLUE)
+    assert conditioner.image_calls == 2 and again is first
+    assert torch.equal(other, conditioner.image("x", 1, BLUE)[0])
+
+
 def test_buckets_hold_equal_reference_grids(tiny_klein):
     conditioner = Conditioner(tiny_klein(), (96, 96))
     wide = Image.new("RGB", (128, 64))

@@ -15,6 +15,8 @@ from tests.recipes.conftest import command
 
 SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=8", "train.save_every=2",
        "train.batch=4", "train.warmup_steps=2", "train.log_every=1"]  # fmt: skip
+DISTILL = ["experiment=shapes_distill", "model.folder=base", "data.captions=12", "train.steps=6", "train.save_every=2",
+           "train.batch=4", "train.substeps=1"]  # fmt: skip
 PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=6", "pprl.save_every=2",
         "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3"]  # fmt: skip
 
@@ -34,7 +36,7 @@ def kill_after_first_checkpoint(folder, recipe, overrides, run):
     assert not (folder / "runs" / run / "model").exists(), "the kill came too late to prove anything"
 
 
-@pytest.mark.parametrize(("recipe", "overrides"), [("train_dit", SFT), ("train_pprl", PPRL)])
+@pytest.mark.parametrize(("recipe", "overrides"), [("train_dit", SFT), ("distill", DISTILL), ("train_pprl", PPRL)])
 def test_killed_and_resumed_equals_uninterrupted(world, run_recipe, recipe, overrides):
     run_recipe(world, recipe, *overrides, f"run={recipe}_whole")
     kill_after_first_checkpoint(world, recipe, overrides, f"{recipe}_killed")
@@ -45,10 +47,8 @@ def test_killed_and_resumed_equals_uninterrupted(world, run_recipe, recipe, over
     base = load_file(world / "base" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert first.keys() == second.keys() == base.keys()
     assert all(first[name].equal(second[name]) for name in first)
-    assert any(not first[name].equal(base[name]) for name in first), "nothing was trained"
+    assert any(not first[name].float().equal(base[name].float()) for name in first), "nothing was trained"
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, killed)]
-    for row in (*logs[0], *logs[1]):
-        row.pop("nfe", None)  # counts the evaluations of one process
     assert logs[0] == logs[1]
     if recipe == "train_pprl":
         assert (whole / "rollouts.jsonl").read_text() == (killed / "rollouts.jsonl").read_text()
