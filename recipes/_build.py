@@ -37,13 +37,20 @@ def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
     return Conditioner(klein, tuple(model.size_px))
 
 
-def read_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
-    """Every truncation of every trajectory of a folder (of the first `limit` trajectories)."""
+def read_samples(folder: str | Path | None, limit: int | None = None, direct: bool = False) -> list[Sample]:
+    """Every truncation of every trajectory of a folder (of the first `limit` trajectories).
+
+    With `direct` also one sample a trajectory without reasoning or history, from the goal to the last image, which the
+    trajectory ended on: SFT on traces alone forgets how to draw from a bare prompt.
+    """
     if folder is None:
         raise ValueError("data.folder: a folder of trajectories is needed")
     samples: list[Sample] = []
     for count, trajectory in enumerate(read_trajectories(Path(folder)), start=1):
         samples += truncate(trajectory)
+        if direct:
+            images = trajectory.images
+            samples.append(Sample(trajectory.id, len(images), trajectory.goal, (), (), images[-1]))
         if count == limit:
             break
     return samples

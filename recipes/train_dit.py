@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.data.captions:
         samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)
     else:
-        samples = read_samples(cfg.data.folder, cfg.data.limit)
+        samples = read_samples(cfg.data.folder, cfg.data.limit, cfg.data.direct)
     conditioner = build_conditioner(klein, cfg.model)
     conditioner.prime(samples)
     logger.info(

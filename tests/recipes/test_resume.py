@@ -16,7 +16,7 @@ from tests.recipes.conftest import command
 SFT = ["experiment=shapes_sft", "model.folder=base", "data.folder=runs/data", "train.steps=8", "train.save_every=2",
        "train.batch=4", "train.warmup_steps=2", "train.log_every=1"]  # fmt: skip
 DISTILL = ["experiment=shapes_distill", "model.folder=base", "data.captions=12", "train.steps=6", "train.save_every=2",
-           "train.batch=4", "train.substeps=1"]  # fmt: skip
+           "train.batch=4", "train.substeps=1", "train.save_precision=fp32"]  # fmt: skip
 PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=6", "pprl.save_every=2",
         "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3"]  # fmt: skip
 
