@@ -48,8 +48,8 @@ def read_samples(folder: str | Path | None, limit: int | None = None, direct: bo
     samples: list[Sample] = []
     for count, trajectory in enumerate(read_trajectories(Path(folder)), start=1):
         samples += truncate(trajectory)
-        if direct:
-            images = trajectory.images
+        images = trajectory.images
+        if direct and images:
             samples.append(Sample(trajectory.id, len(images), trajectory.goal, (), (), images[-1]))
         if count == limit:
             break
