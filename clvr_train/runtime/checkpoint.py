@@ -168,16 +168,6 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": entries, "param_groups": saved})
 
 
-def rng_state() -> Tensor:
-    """The state of torch's global CPU generator as a uint8 tensor, to be saved with the others."""
-    return torch.get_rng_state()
-
-
-def set_rng_state(state: Tensor) -> None:
-    """Go on from a state that `rng_state` gave."""
-    torch.set_rng_state(state)
-
-
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors that share no memory, as safetensors wants them; copies only where needed."""
     seen: set[int] = set()

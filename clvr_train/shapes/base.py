@@ -9,10 +9,9 @@ from clvr_train.method.truncation import trace
 from clvr_train.shapes.controller import make_trajectories, mutate
 from clvr_train.shapes.edits import write_edits
 from clvr_train.shapes.goals import sample_goals, train_scene
-from clvr_train.shapes.language import NUMBERS, describe, goal_of, list_things, parse_goal
+from clvr_train.shapes.language import describe, goal_of, list_things, parse_goal
 from clvr_train.shapes.layout import repair, sample_scene
-from clvr_train.shapes.plans import ORDINALS
-from clvr_train.shapes.world import CELLS, COLOURS, SHAPES, Scene
+from clvr_train.shapes.world import Scene
 
 KINDS = ("description", "goal", "edit")
 
@@ -63,33 +62,9 @@ def _edit(rng: Random) -> Caption:
             return Caption("edit", write_edits(edits), target, source)
 
 
-def corpus(n: int, seed: int) -> Iterator[str]:
-    """About `n` texts of every kind the models meet: captions, goals, and the reasonings of trajectories."""
-    yield from (caption.text for caption in captions(n // 2, seed))
-    count = n // 2
-    written = 0
-    for trajectory in make_trajectories(max(1, count), seed):
-        for text in (trajectory.goal, *(step.reasoning for step in trajectory.steps)):
-            yield text
-            written += 1
-        if written >= count:
-            return
-
-
 def documents(n: int, seed: int) -> list[str]:
     """`n` texts as an encoder meets them: captions, and whole traces of trajectories, in which attributes recur."""
     texts = [caption.text for caption in captions(n // 2, seed)]
     for trajectory in make_trajectories(n - len(texts), seed):
         texts.append(trace(trajectory.goal, [step.reasoning for step in trajectory.steps]))
     return texts
-
-
-def vocabulary() -> list[str]:
-    """Every word of the world, sorted: what a word-level tokenizer must know.
-
-    A sample of the corpus, and the words of the grammar that are too rare to be sure of.
-    """
-    words = {word for text in corpus(8000, 0) for word in text.split()}
-    words |= {*ORDINALS, *NUMBERS, *COLOURS, *SHAPES, *CELLS}
-    words |= {"one", "thing", "things", "it", "them", "that", "are", "at"}
-    return sorted(words | {f"{shape}s" for shape in SHAPES})

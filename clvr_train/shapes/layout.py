@@ -10,7 +10,6 @@ from clvr_train.shapes.world import (
     SHAPES,
     Goal,
     Scene,
-    Spec,
     Thing,
     best_fit,
     expand,
@@ -159,8 +158,3 @@ def _order_moves(moves: list[Edit]) -> list[Edit]:
         ordered.append(ready)
         left.remove(ready)
     return ordered
-
-
-def slot_spec(goal: Goal, slot: int) -> Spec:
-    """What the goal says of its slot-th thing (from 0), in the order of the text."""
-    return expand(goal).specs[slot]

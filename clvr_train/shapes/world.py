@@ -82,12 +82,6 @@ class Goal:
     def num_things(self) -> int:
         return sum(spec.count for spec in self.specs)
 
-    @property
-    def complexity(self) -> int:
-        """Number of things, relations and negations."""
-        return self.num_things + len(self.relations) + len(self.bans)
-
-
 def expand(goal: Goal) -> Goal:
     """The same goal with one slot a thing: every spec counts 1, relations and bans are repeated for each."""
     slots: list[Spec] = []

@@ -17,9 +17,7 @@ from clvr_train.runtime.checkpoint import (
     flatten_optimizer,
     load_latest,
     restore_optimizer,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
 
 # Python announces every change of the file system; these are the moments at which a kill may strike.
@@ -141,7 +139,7 @@ def test_adamw_and_rng_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     tensors = (
         {f"model.{name}": value for name, value in model.state_dict().items()}
         | moments
-        | {"rng": rng_state()}
+        | {"rng": torch.get_rng_state()}
     )
     save_checkpoint(
         tmp_path, 2, tensors, {"optimizer": state, "best": float("inf"), "seen": 2**60, "third": 1 / 3}
@@ -154,7 +152,7 @@ def test_adamw_and_rng_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     assert (step, state["best"], state["seen"], state["third"]) == (2, float("inf"), 2**60, 1 / 3)
     other.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
     restore_optimizer(other_optimizer, tensors, state["optimizer"])
-    set_rng_state(tensors["rng"])
+    torch.set_rng_state(tensors["rng"])
     train(other, other_optimizer, 1)
     for name, value in model.state_dict().items():
         assert value.dtype == dtype and torch.equal(value, other.state_dict()[name])

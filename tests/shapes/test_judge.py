@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import goal_texts, scenes
 
-from clvr_train.shapes.base import captions, corpus, vocabulary
+from clvr_train.shapes.base import captions
 from clvr_train.shapes.controller import mutate
 from clvr_train.shapes.edits import Edit, apply_edits, parse_edits, spec_of, write_edits
 from clvr_train.shapes.goals import split_of
@@ -108,8 +108,3 @@ def test_captions_say_what_their_scenes_show():
             goal = parse_goal(caption.text)
             assert satisfied(goal, caption.scene) and split_of(goal) == "train"
     assert kinds == {"description", "goal", "edit"}
-
-
-def test_the_vocabulary_holds_every_word():
-    words = set(vocabulary())
-    assert all(set(text.split()) <= words for text in corpus(3000, seed=77))
