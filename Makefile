@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-# Every process of a test uses few threads: on two cores, more of them starve each other.
-test ablation: export OMP_NUM_THREADS ?= 2
+# One thread a process: small models gain nothing from a second, and tests and seeds run processes side by side.
+test ablation: export OMP_NUM_THREADS ?= 1
 test: export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
