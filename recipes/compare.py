@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clvr_train.evaluation.compare import compare, markdown
+from clvr_train.evaluation.compare import compare, markdown, of_levels
 from clvr_train.runtime.files import write_atomic
 from recipes._recipe import recipe
 
@@ -31,7 +31,10 @@ def main(cfg: DictConfig) -> None:
     for name in systems.keys() - whole.keys():
         logger.warning("%s was evaluated for %d of %d seeds and is left out", name, len(systems[name]), len(seeds))
     pairs = [(a, b) for a, b in cfg.pairs if a in whole and b in whole]
-    result = {"all goals": compare(whole, pairs), "three or more objects": compare(whole, pairs, range(3, 100))}
+    result = {"all goals": compare(whole, pairs)}
+    many = of_levels(whole, range(3, 100))
+    if all(rows for seeds in many.values() for rows in seeds):
+        result["three or more objects"] = compare(many, pairs)
     text = "\n".join(f"### {title}\n\n{markdown(part)}" for title, part in result.items())
     write_atomic(folder / "comparison.json", json.dumps(result, indent=2) + "\n")
     write_atomic(folder / "comparison.md", text)

@@ -1,8 +1,9 @@
 """Intervals that benchmark numbers are reported with (CLVR A.2)."""
 
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 
 def wald_se(proportion: float, n: int) -> float:
@@ -32,18 +33,28 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000
+def crossed_bootstrap(
+    statistic: Callable[..., np.ndarray], *tables: np.ndarray, seed: int = 0, resamples: int = 4000
 ) -> tuple[float, float, float]:
-    """`mean(a) - mean(b)` over the same prompts, with its 95 % percentile interval: (difference, lo, hi)."""
-    if len(a) != len(b):
-        raise ValueError(f"paired samples differ in length: {len(a)} and {len(b)}")
-    _check_n(len(a))
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    rng = random.Random(seed)
-    n = len(differences)
-    means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(resamples))
-    return sum(differences) / n, means[int(0.025 * resamples)], means[int(0.975 * resamples) - 1]
+    """A statistic of means over training seeds and prompts, with its 95 % percentile interval: (value, lo, hi).
+
+    Seeds and prompts are resampled together and alike for all tables, so the interval holds both spreads and systems
+    are compared on the same draws. With one seed only prompts vary.
+
+    Args:
+        statistic: of the mean of each table (arrays of one mean a resample), e.g. `np.subtract`.
+        tables: (seeds, prompts) each, all of one shape.
+    """
+    if not tables or len({table.shape for table in tables}) != 1 or tables[0].ndim != 2:
+        raise ValueError(f"tables of shapes {[table.shape for table in tables]}: all must be (seeds, prompts)")
+    num_seeds, num_prompts = tables[0].shape
+    _check_n(num_seeds * num_prompts)
+    rng = np.random.default_rng(seed)
+    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), resamples) / num_seeds
+    prompts = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), resamples) / num_prompts
+    draws = statistic(*(np.einsum("rs,sp,rp->r", seeds, table, prompts, optimize=True) for table in tables))
+    lo, hi = np.quantile(draws, (0.025, 0.975))
+    return float(statistic(*(table.mean() for table in tables))), float(lo), float(hi)
 
 
 def _check_n(n: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from clvr_train.method.advantage import group_advantages, is_flat
 from clvr_train.method.merge import DeltaStatistics, check_same_tensors, merge_tensor
-from clvr_train.method.statistics import mean_se, paired_bootstrap, wald_se, wilson
+from clvr_train.method.statistics import crossed_bootstrap, mean_se, wald_se, wilson
 
 rewards = st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=6), min_size=1, max_size=4)
 
@@ -84,8 +85,21 @@ def test_intervals_against_worked_numbers():
         wilson(6, 5)
 
 
-def test_paired_bootstrap_sees_a_constant_difference_and_chance():
-    a = [0.0, 1.0, 1.0, 0.0] * 20
-    assert paired_bootstrap([x + 0.25 for x in a], a) == (0.25, 0.25, 0.25)
-    difference, lo, hi = paired_bootstrap(a, a[1:] + a[:1])
+def test_crossed_bootstrap_sees_a_constant_difference_and_chance():
+    a = np.array([[0.0, 1.0, 1.0, 0.0] * 20] * 3)
+    assert crossed_bootstrap(np.subtract, a + 0.25, a) == (0.25, pytest.approx(0.25), pytest.approx(0.25))
+    difference, lo, hi = crossed_bootstrap(np.subtract, a, np.roll(a, 1, axis=1))
     assert difference == 0 and lo < 0 < hi
+    with pytest.raises(ValueError, match="shapes"):
+        crossed_bootstrap(np.subtract, a, a[:2])
+
+
+def test_crossed_bootstrap_of_one_seed_is_the_interval_over_prompts_and_seeds_widen_it():
+    rng = np.random.default_rng(0)
+    prompts = (rng.random(400) < 0.3).astype(float)
+    mean, lo, hi = crossed_bootstrap(lambda x: x, prompts[None])
+    se = math.sqrt(mean * (1 - mean) / 400)
+    assert (lo, hi) == (pytest.approx(mean - 1.96 * se, abs=0.004), pytest.approx(mean + 1.96 * se, abs=0.004))
+    shifted = np.clip(prompts[None] + np.array([[-0.2], [0.0], [0.2]]), -1, 2)  # seeds that differ as a whole
+    _, wide_lo, wide_hi = crossed_bootstrap(lambda x: x, shifted)
+    assert wide_hi - wide_lo > 2 * (hi - lo)
