@@ -61,6 +61,7 @@ def main(cfg: DictConfig) -> None:
                 batch,
                 seeds,
                 shift=cfg.train.shift,
+                fixed_mu=cfg.train.fixed_mu,
                 text_dropout=cfg.train.text_dropout,
                 micro_batch=cfg.train.micro_batch,
             )

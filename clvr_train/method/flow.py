@@ -75,8 +75,7 @@ def inference_times(num_tokens: int, steps: int) -> Tensor:
 
 
 def sample_times(num: int, num_tokens: int, shift: str, generator: torch.Generator, fixed_mu: float = 0.8) -> Tensor:
-    """Training times: logit-normal u, then the shift `flux_linear`, `fixed` (mu = `fixed_mu`) or `none`. Shape
-    (num,).
+    """Training times: logit-normal u, then the shift `flux_linear`, `fixed` (mu = `fixed_mu`) or `none`. Shape (num,).
     """
     shifts = {"flux_linear": linear_mu(num_tokens), "fixed": fixed_mu, "none": 0.0}
     if shift not in shifts:

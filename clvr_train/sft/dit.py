@@ -25,27 +25,27 @@ def backward_flow_matching(
     seeds: Sequence[tuple],
     *,
     shift: str = "flux_linear",
+    fixed_mu: float = 0.8,
     text_dropout: float = 0.1,
     micro_batch: int = 32,
 ) -> LossOutputs:
     """Adds the gradients of the batch's mean flow-matching loss, a micro-batch at a time.
 
     Time, noise and text dropout of a sample are functions of its seed alone. References stay when the text is
-    dropped, so
-    that guidance has an unconditional branch of the form in which sampling asks for it. Micro-batches hold samples
-    of one
-    bucket (the forward shares its position ids over the batch); their losses are weighted by their share of the batch.
+    dropped, so that guidance has an unconditional branch of the form in which sampling asks for it. Micro-batches hold
+    samples of one bucket (the forward shares its position ids over the batch); their losses are weighted by their share
+    of the batch.
 
     Args:
         seeds: the position of every sample, e.g. (run seed, epoch, trajectory id, step).
-        shift: see `method.flow.sample_times`. text_dropout: probability of the empty text.
+        shift, fixed_mu: see `method.flow.sample_times`. text_dropout: probability of the empty text.
     """
     transformer = conditioner.klein.transformer
     device = conditioner.klein.device
     total, per_reference_count = 0.0, {}
     for indices in by_bucket(conditioner, samples, micro_batch):
         chosen = [samples[i] for i in indices]
-        draws = [_draw(conditioner, seeds[i], shift, text_dropout) for i in indices]
+        draws = [_draw(conditioner, seeds[i], shift, fixed_mu, text_dropout) for i in indices]
         t = torch.cat([d[0] for d in draws]).to(device)
         e = torch.stack([d[1] for d in draws]).to(device)
         x0 = torch.stack([conditioner.target(sample) for sample in chosen])
@@ -60,10 +60,10 @@ def backward_flow_matching(
     return LossOutputs(total / len(samples), metrics)
 
 
-def _draw(conditioner: Conditioner, seed: tuple, shift: str, text_dropout: float) -> tuple:
+def _draw(conditioner: Conditioner, seed: tuple, shift: str, fixed_mu: float, text_dropout: float) -> tuple:
     """Time (1,), noise (N, C) and whether the text is dropped, for one sample."""
     source = generator("sft", *seed)
     rows, columns = conditioner.grid
-    t = sample_times(1, rows * columns, shift, source)
+    t = sample_times(1, rows * columns, shift, source, fixed_mu)
     noise = torch.randn(rows * columns, conditioner.klein.transformer.config.in_channels, generator=source)
     return t, noise, torch.rand(1, generator=source).item() < text_dropout
