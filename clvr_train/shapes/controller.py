@@ -27,7 +27,7 @@ _TRIES = 30
 
 @dataclass(frozen=True)
 class Habits:
-    """Chances in [0, 1] that shape the trajectories."""
+    """Chances in [0, 1] that shape the trajectories; `ValueError` for one outside."""
 
     draw_slip: float = 0.25  # a first image is drawn wrongly
     edit_slip: float = 0.1  # an edit is drawn wrongly
@@ -38,6 +38,11 @@ class Habits:
     verify: float = 0.25  # a verify round before an edit or before stopping
     go_back: float = 0.5  # after an edit that made nothing better: build on the picture before it
     indirect: float = 0.5  # an instruction that needs its context
+
+    def __post_init__(self) -> None:
+        for name, chance in vars(self).items():
+            if not 0 <= chance <= 1:
+                raise ValueError(f"habits.{name}={chance}: a chance in [0, 1]")
 
 
 def mutate(scene: Scene, rng: Random) -> Scene:
