@@ -1,5 +1,6 @@
 """Bytes to pixels: the one way in which an image enters the project, and tensors back to pixels."""
 
+import io
 import struct
 from pathlib import Path
 
@@ -8,15 +9,23 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from clvr_train.method.trajectory import ImageLike
+from clvr_train.method.trajectory import ImageLike, StoredImage
 
 # 7000 x 7000 is far beyond what the models take, and below Pillow's own warning (89 million).
 MAX_PIXELS = 50_000_000
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own, before ours
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
 
 
 class ImageError(ValueError):
-    """An image cannot be used; the message names the file, where there is one, and the reason."""
+    """An image cannot be used; the message names the file, where there is one, and the reason.
+
+    `rule` is the short code of the reason, as in `docs/data_format.md`.
+    """
+
+    def __init__(self, message: str, rule: str = "unreadable_image") -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -26,49 +35,61 @@ def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: if the file is missing, is no image, is damaged, is animated, has a mode without a range
             (32-bit integers or floats), or has more than `max_pixels`, known from the header before decoding.
     """
-    if isinstance(image, Path):
+    if isinstance(image, (Path, StoredImage)):
         return _open_file(image, max_pixels)
     return _to_rgb(_checked(image, "image", max_pixels))
 
 
-def check_image(path: Path, max_pixels: int = MAX_PIXELS) -> None:
+def check_image(image: Path | StoredImage, max_pixels: int = MAX_PIXELS) -> None:
     """Read the header only. Raises `ImageError` as `open_image` does, except for damage in the pixels."""
+    name = image_name(image)
     try:
-        with Image.open(path) as image:
-            _checked(image, str(path), max_pixels)
+        with Image.open(_encoded(image)) as opened:
+            _checked(opened, name, max_pixels)
     except ImageError:
         raise
     except _UNREADABLE as error:
-        raise ImageError(f"{path}: {_reason(error)}") from error
+        raise _unreadable(name, error) from error
 
 
-def _open_file(path: Path, max_pixels: int) -> Image.Image:
+def image_name(image: Path | StoredImage) -> str:
+    """What stands for the image in messages."""
+    return image.name if isinstance(image, StoredImage) else str(image)
+
+
+def _open_file(image: Path | StoredImage, max_pixels: int) -> Image.Image:
+    name = image_name(image)
     try:
-        with Image.open(path) as image:
-            _checked(image, str(path), max_pixels).load()
-            return _to_rgb(image)
+        with Image.open(_encoded(image)) as opened:
+            _checked(opened, name, max_pixels).load()
+            return _to_rgb(opened)
     except ImageError:
         raise
     except _UNREADABLE as error:
-        raise ImageError(f"{path}: {_reason(error)}") from error
+        raise _unreadable(name, error) from error
 
 
-def _reason(error: BaseException) -> str:
+def _encoded(image: Path | StoredImage) -> Path | io.BytesIO:
+    return io.BytesIO(image.read()) if isinstance(image, StoredImage) else image
+
+
+def _unreadable(name: str, error: BaseException) -> ImageError:
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return ImageError(f"{name}: no such file", "missing_image")
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image"
-    return f"unreadable image ({' '.join(str(error).split())})"
+        return ImageError(f"{name}: not an image", "not_an_image")
+    rule = "too_many_pixels" if isinstance(error, _TOO_LARGE) else "unreadable_image"
+    return ImageError(f"{name}: unreadable image ({' '.join(str(error).split())})", rule)
 
 
 def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} px"
-        raise ImageError(f"{name}: {size} is more than the {max_pixels} px allowed; resize it")
+        raise ImageError(f"{name}: {size} is more than the {max_pixels} px allowed; resize it", "too_many_pixels")
     if getattr(image, "n_frames", 1) > 1:
-        raise ImageError(f"{name}: an animated image ({image.n_frames} frames); save one frame")
+        raise ImageError(f"{name}: an animated image ({image.n_frames} frames); save one frame", "animated")
     if image.mode in ("I", "F"):
-        raise ImageError(f"{name}: mode {image.mode} has no fixed range; save it with 8 bits a channel")
+        raise ImageError(f"{name}: mode {image.mode} has no fixed range; save it with 8 bits a channel", "mode")
     return image
 
 

@@ -1,14 +1,28 @@
 """The nouns of closed-loop visual reasoning: trajectory, step, truncated sample (CLVR 3.1, A.3, A.6).
 
-An image is an opaque value here, either decoded or a path that `data.images.open_image` opens.
+An image is an opaque value here: decoded, or a pointer (a path, a `StoredImage`) that `data.images.open_image` opens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL.Image import Image
 
-ImageLike = Path | Image
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A pointer to an encoded image inside another file: a member of a tar shard, a cell of a parquet file.
+
+    `name` stands for it in messages, as `<file>:<record>:<field>`. `read` gives the encoded bytes; it is a
+    `functools.partial` of a module-level function of paths and numbers, so that a worker process can be given it.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
+ImageLike = Path | Image | StoredImage
 
 DRAWING_ACTIONS = ("generate", "edit")
 ACTIONS = (*DRAWING_ACTIONS, "verify", "stop")
