@@ -1,18 +1,29 @@
-"""Bytes to pixels: the one way in which an image enters the project, and tensors back to pixels."""
+"""Bytes to pixels: the one preprocessing of training, rollouts and judges, and tensors back to pixels.
+
+Every image goes through `open_image` (EXIF, transparency, colour). What is drawn is then `target_image` (a set size),
+what is looked at `reference_image`, which shrinks and crops as `diffusers.Flux2KleinPipeline` does with its `image`
+argument (0.42.1, `pipelines/flux2/image_processor.py`).
+"""
 
 import io
+import math
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from clvr_train.method.trajectory import ImageLike, StoredImage
 
 # 7000 x 7000 is far beyond what the models take, and below Pillow's own warning (89 million).
 MAX_PIXELS = 50_000_000
+# What is below or beyond these, upstream refuses as a reference.
+MIN_SIDE_PX, MAX_ASPECT = 64, 8
+REFERENCE_AREA_PX = 1024 * 1024
+# A part of the key of everything that is cached of an image: raise it when any pixel below comes out differently.
+PREPROCESSING_VERSION = 1
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own, before ours
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
 
@@ -37,23 +48,36 @@ def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if isinstance(image, (Path, StoredImage)):
         return _open_file(image, max_pixels)
-    return _to_rgb(_checked(image, "image", max_pixels))
+    return _to_rgb(_checked(image, image_name(image), max_pixels))
 
 
 def check_image(image: Path | StoredImage, max_pixels: int = MAX_PIXELS) -> None:
     """Read the header only. Raises `ImageError` as `open_image` does, except for damage in the pixels."""
+    image_size(image, max_pixels)
+
+
+def image_size(image: ImageLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) in px that `open_image` will give, from the header alone.
+
+    Raises:
+        ImageError: as `open_image`, except for damage in the pixels.
+    """
+    if not isinstance(image, (Path, StoredImage)):
+        return _turned_size(_checked(image, image_name(image), max_pixels))
     name = image_name(image)
     try:
         with Image.open(_encoded(image)) as opened:
-            _checked(opened, name, max_pixels)
+            return _turned_size(_checked(opened, name, max_pixels))
     except ImageError:
         raise
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
 
 
-def image_name(image: Path | StoredImage) -> str:
+def image_name(image: ImageLike) -> str:
     """What stands for the image in messages."""
+    if isinstance(image, Image.Image):
+        return "image"
     return image.name if isinstance(image, StoredImage) else str(image)
 
 
@@ -61,7 +85,8 @@ def _open_file(image: Path | StoredImage, max_pixels: int) -> Image.Image:
     name = image_name(image)
     try:
         with Image.open(_encoded(image)) as opened:
-            _checked(opened, name, max_pixels).load()
+            _orientation(_checked(opened, name, max_pixels))
+            opened.load()
             return _to_rgb(opened)
     except ImageError:
         raise
@@ -93,6 +118,20 @@ def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that the header tells.
+
+    Pillow would decode a whole PNG to look behind its pixels, and would then turn an image whose header tells nothing;
+    this call makes it remember what the header says, so that sizes by header and by decoding agree.
+    """
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _turned_size(image: Image.Image) -> tuple[int, int]:
+    turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns TIFF by itself
+    return image.size if turned else image.size[::-1]
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -102,6 +141,77 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def check_size(size_px: tuple[int, int], name: str = "image") -> None:
+    """Refuses what is no use to the models, and what upstream refuses as a reference: (height, width) in px.
+
+    Raises:
+        ImageError: for a side under `MIN_SIDE_PX` or an aspect above `MAX_ASPECT`.
+    """
+    height, width = size_px
+    if min(size_px) < MIN_SIDE_PX:
+        raise ImageError(f"{name}: {width} x {height} px, at least {MIN_SIDE_PX} a side are needed", "small_side")
+    if max(size_px) > MAX_ASPECT * min(size_px):
+        raise ImageError(f"{name}: {width} x {height} px, an aspect above {MAX_ASPECT}; crop it", "aspect")
+
+
+def reference_size(size_px: tuple[int, int], token_px: int = 16) -> tuple[int, int]:
+    """(height, width) that `reference_image` makes of an image of `size_px`.
+
+    Raises:
+        ValueError: for tokens larger than the smallest image.
+    """
+    if token_px > MIN_SIDE_PX:
+        raise ValueError(f"token_px={token_px}: images may have sides of {MIN_SIDE_PX} px")
+    return tuple(side // token_px * token_px for side in _shrunk(size_px))
+
+
+def reference_image(image: ImageLike, token_px: int = 16) -> Image.Image:
+    """What a model or a judge looks at: RGB, shrunk with Lanczos to at most 1024 x 1024 px of area (never enlarged),
+    then its centre, cropped to multiples of a token's side.
+
+    Raises:
+        ImageError: as `open_image` and `check_size`.
+    """
+    opened = _usable(image)
+    height, width = _shrunk((opened.height, opened.width))
+    if (width, height) != opened.size:
+        opened = opened.resize((width, height), Image.Resampling.LANCZOS)
+    rows, columns = reference_size((opened.height, opened.width), token_px)
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return opened.crop((left, top, left + columns, top + rows))
+
+
+def target_image(image: ImageLike, size_px: tuple[int, int]) -> Image.Image:
+    """What a model draws: RGB of `size_px` (height, width), resized with Lanczos from the largest part of that aspect
+    around the centre, so that nothing is squeezed and no border is added.
+
+    Raises:
+        ImageError: as `open_image` and `check_size`.
+    """
+    return ImageOps.fit(_usable(image), size_px[::-1], Image.Resampling.LANCZOS)
+
+
+def reference_pixels(image: ImageLike, token_px: int = 16) -> Tensor:
+    """`reference_image` as float32 (3, H, W) in [-1, 1]."""
+    return to_tensor(reference_image(image, token_px))
+
+
+def target_pixels(image: ImageLike, size_px: tuple[int, int]) -> Tensor:
+    """`target_image` as float32 (3, H, W) in [-1, 1]."""
+    return to_tensor(target_image(image, size_px))
+
+
+def _usable(image: ImageLike) -> Image.Image:
+    opened = open_image(image)
+    check_size((opened.height, opened.width), image_name(image))
+    return opened
+
+
+def _shrunk(size_px: tuple[int, int]) -> tuple[int, int]:
+    scale = math.sqrt(REFERENCE_AREA_PX / math.prod(size_px))
+    return size_px if scale >= 1 else tuple(int(side * scale) for side in size_px)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

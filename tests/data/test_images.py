@@ -1,11 +1,28 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from clvr_train.data.images import ImageError, check_image, open_image, to_image, to_tensor
+from clvr_train.data.images import (
+    ImageError,
+    check_image,
+    image_size,
+    open_image,
+    reference_image,
+    reference_pixels,
+    reference_size,
+    target_image,
+    target_pixels,
+    to_image,
+    to_tensor,
+)
+from clvr_train.method.trajectory import StoredImage
 
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
@@ -61,3 +78,94 @@ def test_tensor_round_trip_is_exact() -> None:
     tensor = to_tensor(Image.fromarray(pixels))
     assert tensor.shape == (3, 16, 24) and tensor.dtype == torch.float32 and tensor.abs().max() <= 1
     assert np.array_equal(np.asarray(to_image(tensor)), pixels)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(96, 96), (101, 75), (64, 512), (1024, 1024), (1200, 1000), (3000, 400), (999, 2100)])
+def test_references_are_those_of_the_upstream_pipeline(size: tuple[int, int]) -> None:
+    """`Flux2KleinPipeline.__call__`, step 4, pixel by pixel."""
+    image, processor = noise(*size), Flux2ImageProcessor(vae_scale_factor=16)
+    processor.check_image_input(image)
+    upstream = image
+    if size[0] * size[1] > 1024 * 1024:
+        upstream = processor._resize_to_target_area(image, 1024 * 1024)
+    width, height = (side // 16 * 16 for side in upstream.size)
+    upstream = processor.preprocess(upstream, height=height, width=width, resize_mode="crop")[0]
+    ours = reference_pixels(image)
+    assert torch.equal(((ours + 1) * 127.5).round(), ((upstream + 1) * 127.5).round())
+    assert torch.allclose(ours, upstream, atol=1e-6)
+    assert reference_size((size[1], size[0])) == tuple(ours.shape[1:])
+
+
+@pytest.mark.parametrize("size", [(63, 200), (200, 63), (64, 513), (2000, 249), (64, 512), (1600, 200)])
+def test_sizes_are_refused_where_upstream_refuses_them(size: tuple[int, int]) -> None:
+    image, upstream = Image.new("RGB", size), Flux2ImageProcessor(vae_scale_factor=16)
+    refused = False
+    try:
+        upstream.check_image_input(image)
+    except ValueError:
+        refused = True
+    for preprocess in (reference_image, lambda image: target_image(image, (64, 64))):
+        if refused:
+            with pytest.raises(ImageError, match=rf"{size[0]} x {size[1]} px") as error:
+                preprocess(image)
+            assert error.value.rule == ("small_side" if min(size) < 64 else "aspect")
+        else:
+            preprocess(image)
+
+
+def test_an_image_that_fits_keeps_its_pixels() -> None:
+    image = noise(96, 96)
+    assert torch.equal(target_pixels(image, (96, 96)), to_tensor(image))
+    assert torch.equal(reference_pixels(image, 32), to_tensor(image))
+    wide = noise(130, 70)
+    assert torch.equal(reference_pixels(wide, 32), to_tensor(wide)[:, 3:67, 1:129])
+
+
+@given(
+    width=st.integers(64, 300),
+    height=st.integers(64, 300),
+    size=st.tuples(st.sampled_from([64, 96, 160]), st.sampled_from([64, 96, 160])),
+)
+@settings(max_examples=30, deadline=None)
+def test_targets_have_the_asked_size_and_nothing_is_squeezed(width: int, height: int, size: tuple[int, int]) -> None:
+    """A ramp that rises by its place: the middle stays in the middle, and a pixel is as wide as it is high."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    image = Image.fromarray(np.stack([x * 255 // width, y * 255 // height, 0 * x], axis=-1).astype(np.uint8))
+    drawn = np.asarray(target_image(image, size), dtype=float)
+    assert drawn.shape == (*size, 3)
+    assert drawn[..., 0].mean() == pytest.approx(127, abs=3) and drawn[..., 1].mean() == pytest.approx(127, abs=3)
+    middle = np.s_[8:-8, 8:-8]  # the resampling is another at the borders
+    step_x = np.diff(drawn[..., 0], axis=1)[middle].mean() * width
+    step_y = np.diff(drawn[..., 1], axis=0)[middle].mean() * height
+    assert step_x == pytest.approx(step_y, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_by_header_are_those_of_the_pixels(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.jpg"  # the name does not matter
+    noise(80, 70).save(path, kind, exif=exif)
+    stored = StoredImage("tar:1:image", partial(Path.read_bytes, path))
+    opened = open_image(path)
+    assert image_size(path) == image_size(stored) == (opened.height, opened.width)
+    assert opened.size == ((70, 80) if orientation > 4 else (80, 70))
+    assert image_size(opened) == (opened.height, opened.width)  # it is not turned twice
+    assert np.array_equal(open_image(opened), opened)
+
+
+def test_a_png_that_is_turned_behind_its_pixels_stays_as_its_header_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "late.png"
+    noise(80, 70).save(path, exif=exif)
+    data = path.read_bytes()
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    path.write_bytes(data[:at] + data[end:-12] + data[at:end] + data[-12:])
+    assert image_size(path) == (70, 80) and open_image(path).size == (80, 70)
