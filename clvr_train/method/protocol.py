@@ -14,10 +14,15 @@ from clvr_train.method.trajectory import ACTIONS, DRAWING_ACTIONS, Step
 IMAGE_TURN = "<image>"
 CONTINUE_TURN = "continue"
 _ACTION_LINE = re.compile(r"([a-z]+)(?: <IMG_GEN_([1-9][0-9]{0,3})>)?")
+_MARKER = re.compile(r"<IMG_GEN_([0-9]{1,9})>")
 
 
 class ProtocolError(ValueError):
-    """A text is not a turn of the protocol; the message says in which way."""
+    """A text is not a turn of the protocol; the message says in which way, `rule` in a short code."""
+
+    def __init__(self, message: str, rule: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 def format_turn(step: Step, number: int) -> str:
@@ -27,9 +32,9 @@ def format_turn(step: Step, number: int) -> str:
         ProtocolError: if the reasoning holds an image marker, or begins or ends in white space, which parsing
             would lose.
     """
-    _check_reasoning(step.reasoning)
+    _check_reasoning(step.reasoning, number + (not step.draws))
     if step.reasoning != step.reasoning.strip():
-        raise ProtocolError("the reasoning begins or ends in white space")
+        raise ProtocolError("the reasoning begins or ends in white space", "outer_space")
     action = f"{step.action} <IMG_GEN_{number}>" if step.draws else step.action
     return f"{step.reasoning}\n{action}"
 
@@ -48,24 +53,28 @@ def parse_turn(text: str, next_image: int) -> tuple[str, str]:
     reasoning, _, line = text.strip().rpartition("\n")
     match = _ACTION_LINE.fullmatch(line.strip())
     if match is None or match[1] not in ACTIONS:
-        raise ProtocolError(f"the last line {line.strip()[:60]!r} is no action ({', '.join(ACTIONS)})")
+        line = line.strip()[:60]
+        raise ProtocolError(f"the last line {line!r} is no action ({', '.join(ACTIONS)})", "unknown_action")
     reasoning, action, number = reasoning.strip(), match[1], match[2]
     if not reasoning:
-        raise ProtocolError("there is no reasoning before the action")
-    _check_reasoning(reasoning)
+        raise ProtocolError("there is no reasoning before the action", "empty_reasoning")
+    _check_reasoning(reasoning, next_image)
     draws = action in DRAWING_ACTIONS
     if draws != (number is not None):
-        raise ProtocolError(f"{action!r} {'needs' if draws else 'takes no'} <IMG_GEN_n>")
+        raise ProtocolError(f"{action!r} {'needs' if draws else 'takes no'} <IMG_GEN_n>", "image_number")
     if draws and int(number) != next_image:
-        raise ProtocolError(f"<IMG_GEN_{number}> where <IMG_GEN_{next_image}> comes next")
+        raise ProtocolError(f"<IMG_GEN_{number}> where <IMG_GEN_{next_image}> comes next", "image_number")
     if action == "edit" and next_image == 1:
-        raise ProtocolError("'edit' before any image")
+        raise ProtocolError("'edit' before any image", "unknown_image")
     return reasoning, action
 
 
-def _check_reasoning(reasoning: str) -> None:
+def _check_reasoning(reasoning: str, next_image: int) -> None:
+    for number in _MARKER.findall(reasoning):
+        if not 0 < int(number) < next_image:
+            raise ProtocolError(f"the reasoning names <IMG_GEN_{number}>, which is not drawn yet", "unknown_image")
     if IMAGE_TURN in reasoning or "<IMG_GEN_" in reasoning:
-        raise ProtocolError("an image marker stands inside the reasoning")
+        raise ProtocolError("an image marker stands inside the reasoning", "image_marker")
 
 
 def chat_messages(goal: str, steps: Sequence[Step]) -> list[dict]:
