@@ -5,6 +5,7 @@ what is looked at `reference_image`, which shrinks and crops as `diffusers.Flux2
 argument (0.42.1, `pipelines/flux2/image_processor.py`).
 """
 
+import contextlib
 import io
 import math
 import struct
@@ -24,6 +25,7 @@ MIN_SIDE_PX, MAX_ASPECT = 64, 8
 REFERENCE_AREA_PX = 1024 * 1024
 # A part of the key of everything that is cached of an image: raise it when any pixel below comes out differently.
 PREPROCESSING_VERSION = 1
+_HEAD_BYTES = 65_536
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own, before ours
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
 
@@ -66,7 +68,7 @@ def image_size(image: ImageLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int
         return _turned_size(_checked(image, image_name(image), max_pixels))
     name = image_name(image)
     try:
-        with Image.open(_encoded(image)) as opened:
+        with _open_header(image) as opened:
             return _turned_size(_checked(opened, name, max_pixels))
     except ImageError:
         raise
@@ -92,6 +94,16 @@ def _open_file(image: Path | StoredImage, max_pixels: int) -> Image.Image:
         raise
     except _UNREADABLE as error:
         raise _unreadable(name, error) from error
+
+
+def _open_header(image: Path | StoredImage) -> Image.Image:
+    """The image, not decoded; of a stored PNG or JPEG no more than its first bytes are read where they suffice."""
+    if isinstance(image, StoredImage) and image.head is not None:
+        head = image.head(_HEAD_BYTES)
+        if head.startswith((b"\x89PNG", b"\xff\xd8")):  # other formats count their frames over the whole file
+            with contextlib.suppress(*_UNREADABLE):
+                return Image.open(io.BytesIO(head))
+    return Image.open(_encoded(image))
 
 
 def _encoded(image: Path | StoredImage) -> Path | io.BytesIO:

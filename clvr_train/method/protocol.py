@@ -20,7 +20,7 @@ _MARKER = re.compile(r"<IMG_GEN_([0-9]{1,9})>")
 class ProtocolError(ValueError):
     """A text is not a turn of the protocol; the message says in which way, `rule` in a short code."""
 
-    def __init__(self, message: str, rule: str) -> None:
+    def __init__(self, message: str, rule: str = "protocol") -> None:
         super().__init__(message)
         self.rule = rule
 

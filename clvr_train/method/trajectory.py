@@ -16,10 +16,12 @@ class StoredImage:
 
     `name` stands for it in messages, as `<file>:<record>:<field>`. `read` gives the encoded bytes; it is a
     `functools.partial` of a module-level function of paths and numbers, so that a worker process can be given it.
+    `head`, where the container has one, gives the first so many bytes alone.
     """
 
     name: str
     read: Callable[[], bytes]
+    head: Callable[[int], bytes] | None = None
 
 
 ImageLike = Path | Image | StoredImage
