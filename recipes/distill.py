@@ -7,7 +7,7 @@ Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}. To resume,
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.batches import Order
+from clvr_train.data.order import Order
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from functools import lru_cache
 
 from clvr_train.data.images import open_image
+from clvr_train.data.mixing import Shares, step_class, step_weights
 from clvr_train.method.score import Generation, ProxyPrompt, Score
 from clvr_train.method.trajectory import Sample
-from clvr_train.runtime.seeding import generator
-
-HISTORY_SHARES = 4  # editing tasks with 1, 2, 3 and 4 or more images of history come in equal shares
+from clvr_train.runtime.seeding import seed as position_seed
 
 
 @dataclass(frozen=True)
@@ -36,40 +34,31 @@ def judgeable(tasks: Sequence[Task], reward: Callable[[Generation, Task], Score]
 class TaskMix:
     """Chooses the groups of every epoch as a function of (seed, epoch).
 
-    The share of text-to-image groups is exact over epochs (a running remainder, not a coin). Classes of history length
-    that the data lacks leave their share to the others; `classes` says how many tasks each has.
+    Shares of text to image and of every length of history are exact over epochs: see `data.mixing`. Within a class the
+    tasks come in the order of a hash of their keys, one that changes from cycle to cycle: two runs whose judges read
+    different tasks of the same trajectories meet those that both have in the same order.
 
     Raises:
         ValueError: without tasks, or without text-to-image or editing tasks where the share asks for them.
     """
 
     def __init__(self, tasks: Sequence[Task], *, t2i_share: float, seed: int) -> None:
-        self.t2i_share, self.seed = t2i_share, seed
+        self.seed = seed
         self.classes: dict[int, list[Task]] = {}
-        for task in sorted(tasks, key=lambda task: task.sample.key):
-            self.classes.setdefault(min(len(task.sample.references), HISTORY_SHARES), []).append(task)
-        if t2i_share > 0 and 0 not in self.classes:
-            raise ValueError(f"t2i_share={t2i_share}, but no task has an empty history")
-        self._editing = sorted(c for c in self.classes if c > 0)
-        if t2i_share < 1 and not self._editing:
-            raise ValueError(f"t2i_share={t2i_share}, but no task has images of history: set it to 1")
+        for task in tasks:
+            self.classes.setdefault(step_class(task.sample), []).append(task)
+        self._shares = Shares(step_weights(self.classes, t2i_share))
+        self._cycle = lru_cache(maxsize=2 * len(self.classes))(self._sorted)
 
     def groups(self, epoch: int, num_groups: int) -> list[Task]:
         """The tasks of one epoch (from 0)."""
         first = epoch * num_groups
-        chosen = []
-        for position in range(first, first + num_groups):
-            number, kind = self._class_of(position)
-            tasks = self.classes[kind]
-            cycle, offset = divmod(number, len(tasks))
-            order = torch.randperm(len(tasks), generator=generator("tasks", self.seed, kind, cycle))
-            chosen.append(tasks[int(order[offset])])
-        return chosen
+        return [self._at(position) for position in range(first, first + num_groups)]
 
-    def _class_of(self, position: int) -> tuple[int, int]:
-        """(how many of its class came before, class) of the group at a position over all epochs."""
-        t2i_before, t2i_after = (int(p * self.t2i_share + 1e-9) for p in (position, position + 1))
-        if t2i_after > t2i_before:
-            return t2i_before, 0
-        number, index = divmod(position - t2i_before, len(self._editing))
-        return number, self._editing[index]
+    def _at(self, position: int) -> Task:
+        kind, number = self._shares.at(position)
+        cycle, offset = divmod(number, len(self.classes[kind]))
+        return self._cycle(kind, cycle)[offset]
+
+    def _sorted(self, kind: int, cycle: int) -> list[Task]:
+        return sorted(self.classes[kind], key=lambda task: position_seed("tasks", self.seed, cycle, *task.sample.key))

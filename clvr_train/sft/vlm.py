@@ -25,7 +25,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from clvr_train.data.batches import Order
+from clvr_train.data.order import Order
 from clvr_train.data.images import open_image
 from clvr_train.method.protocol import chat_messages
 from clvr_train.method.trajectory import Trajectory

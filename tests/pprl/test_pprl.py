@@ -50,10 +50,24 @@ def test_every_task_of_a_class_comes_once_a_cycle_and_epochs_are_reproducible():
 def test_classes_that_lack_leave_their_share_and_impossible_shares_are_refused():
     mix = TaskMix([task("a"), task("b", 2)], t2i_share=0.5, seed=0)
     assert Counter(len(t.sample.references) for t in mix.groups(0, 8)) == {0: 4, 2: 4}
-    with pytest.raises(ValueError, match="no task has images of history"):
+    with pytest.raises(ValueError, match="no sample has images of history"):
         TaskMix([task("a")], t2i_share=0.5, seed=0)
-    with pytest.raises(ValueError, match="no task has an empty history"):
+    with pytest.raises(ValueError, match="no sample has an empty history"):
         TaskMix([task("a", 1)], t2i_share=0.5, seed=0)
+
+
+def test_runs_that_judge_different_tasks_meet_the_common_ones_in_the_same_order():
+    tasks = [task(f"{name}{i}", history) for history, name in enumerate("abc") for i in range(12)]
+    first, second = ([t for i, t in enumerate(tasks) if i % 6 != left_out] for left_out in (0, 4))
+    common = {t.sample.key for t in first} & {t.sample.key for t in second}
+    seen = []
+    for part in (first, second):
+        drawn = TaskMix(part, t2i_share=0.5, seed=3).groups(0, 40)  # one cycle of all classes
+        for history in range(3):
+            keys = [t.sample.key for t in drawn if len(t.sample.references) == history]
+            seen.append([key for key in keys[:10] if key in common])
+    assert len(common) == 24 and all(len(keys) == 8 for keys in seen)
+    assert seen[:3] == seen[3:]
 
 
 def test_tasks_that_the_judge_cannot_read_are_left_out():
