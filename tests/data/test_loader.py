@@ -1,0 +1,112 @@
+"""What the loop is given: the order's sequence for any number of workers and ranks, and exactly its tail on resume."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clvr_train.data.images import target_pixels
+from clvr_train.data.loader import RefusedError, open_images, read_ahead
+from clvr_train.data.order import Order
+from clvr_train.method.trajectory import Sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sample(number: int, image: object = None) -> Sample:
+    return Sample(f"t{number}", 1, "goal", ("r",), (), image)
+
+
+def number_of(sample: Sample) -> int:
+    if sample.trajectory_id == "t3":
+        raise ValueError("a.jsonl:3: images[1]: no\nsuch file")
+    return int(sample.trajectory_id[1:])
+
+
+def tail(samples, order, first, last, **options):
+    return list(read_ahead(samples, (order.batch(step) for step in range(first, last)), **options))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_number_of_workers_gives_the_sequence_and_resume_its_tail(tmp_path, workers):
+    samples = []
+    for number in range(10):
+        Image.new("RGB", (70 + number, 64), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        samples.append(sample(number, tmp_path / f"{number}.png"))
+    order = Order(10, 4, seed=0)
+    for prepare in (open_images, partial(target_pixels_of, size_px=(64, 64))):
+        read = tail(samples, order, 2, 8, prepare=prepare, workers=workers)
+        assert [[drawn for drawn, _ in batch] for batch in read] == [order.batch(step) for step in range(2, 8)]
+        for (_, index), made in (pair for batch in read for pair in batch):
+            if prepare is open_images:
+                assert made.target.size == (70 + index, 64) and made.key == samples[index].key
+            else:
+                assert made.shape == (3, 64, 64) and made.equal(target_pixels(samples[index].target, (64, 64)))
+
+
+def target_pixels_of(sample: Sample, size_px):
+    return target_pixels(sample.target, size_px)
+
+
+def test_open_images_leaves_what_is_no_image():
+    image = Image.new("RGB", (64, 64))
+    opened = open_images(Sample("a", 2, "goal", ("r", "s"), (image,), None))
+    assert opened.target is None and opened.references[0].size == (64, 64) and opened.key == ("a", 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_read_is_left_out_within_a_share(workers, caplog):
+    samples, order = [sample(number) for number in range(10)], Order(10, 5, seed=0)
+    with pytest.raises(RefusedError, match=r"^a.jsonl:3: images\[1\]: no such file \(1 of 10 samples refused, more"):
+        tail(samples, order, 0, 2, prepare=number_of, workers=workers)
+    read = tail(samples, order, 0, 4, prepare=number_of, workers=workers, max_refused=0.1)
+    assert sorted(made for batch in read for _, made in batch) == sorted(2 * [0, 1, 2, 4, 5, 6, 7, 8, 9])
+    assert all(index == made for batch in read for (_, index), made in batch)
+    assert len([record for record in caplog.records if "no such file" in record.message]) == 1, "once a sample"
+
+
+def test_bugs_are_no_refusals():
+    with pytest.raises(ZeroDivisionError):
+        tail([sample(0)], Order(1, 1, seed=0), 0, 1, prepare=lambda sample: 1 / 0, max_refused=1.0)
+
+
+RANK = """
+import json, sys
+import torch
+import torch.distributed as dist
+from clvr_train.data.loader import read_ahead
+from clvr_train.data.order import Order
+
+rank, meeting = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+order = Order(13, 6, seed=5)
+batches = (order.batch(step, rank, dist.get_world_size()) for step in range(3, 9))
+seen = []
+for batch in read_ahead([10 * index for index in range(13)], batches, prepare=int, workers=1):
+    mine = torch.tensor([[epoch, index, made] for (epoch, index), made in batch])
+    parts = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(parts, mine)
+    seen.append(torch.cat(parts).tolist())
+dist.destroy_process_group()
+sys.stdout.write(json.dumps(seen))
+"""
+
+
+def test_two_processes_see_together_the_sequence_of_one(tmp_path):
+    command = [sys.executable, "-c", RANK]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], cwd=ROOT, env=environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    order = Order(13, 6, seed=5)
+    expected = [[[epoch, index, 10 * index] for epoch, index in order.batch(step)] for step in range(3, 9)]
+    assert [json.loads(out) for out, _ in outputs] == [expected, expected]
