@@ -22,12 +22,14 @@ publish() { # publish NAME: runs/rebuild/NAME/model becomes models/shapes/NAME
 }
 
 # The drawing model: VAE, text encoder and an untrained transformer, then pretraining, then distillation.
-once runs/rebuild/parts/model     make_shapes_models.py experiment=shapes_models  device="$DEVICE"
-once runs/rebuild/base/model      train_dit.py          experiment=shapes_base    model.device="$DEVICE"
-once runs/rebuild/distilled/model distill.py            experiment=shapes_distill model.device="$DEVICE"
+once runs/rebuild/parts/model      make_shapes_models.py experiment=shapes_models   device="$DEVICE"
+once runs/rebuild/pretrained/model train_dit.py          experiment=shapes_pretrain model.device="$DEVICE"
+once runs/rebuild/base/model       train_dit.py          experiment=shapes_base     model.device="$DEVICE"
+once runs/rebuild/distilled/model  distill.py            experiment=shapes_distill  model.device="$DEVICE"
 
-# The controller: SFT from random weights on many trajectories.
-once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=6000
+# The controller: SFT from random weights on many trajectories, in which much goes wrong and is repaired.
+once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=12000 \
+  habits.draw_slip=0.6 habits.edit_slip=0.25
 once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
 
 for name in base distilled controller; do publish "$name"; done

@@ -1,6 +1,7 @@
 """What several recipes build from the same config groups: models, samples, judges."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -56,10 +57,13 @@ def read_samples(folder: str | Path | None, limit: int | None = None, direct: bo
     return samples
 
 
-def caption_samples(num: int, seed: int) -> list[Sample]:
-    """Caption and single-edit pairs of the shapes world as samples without reasoning, for training a base model."""
+def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = None) -> list[Sample]:
+    """Caption and single-edit pairs of the shapes world as samples without reasoning, for training a base model.
+
+    `kinds`: weights of descriptions, goals and edits, alike by default.
+    """
     samples = []
-    for number, caption in enumerate(captions(num, seed)):
+    for number, caption in enumerate(captions(num, seed, kinds)):
         references = () if caption.source is None else (render(caption.source),)
         step = 1 + len(references)
         samples.append(Sample(f"caption-{seed}-{number}", step, caption.text, (), references, render(caption.scene)))

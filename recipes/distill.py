@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         return
     klein = build_klein(cfg.model, expect="base")
     teacher = build_klein(cfg.model, expect="base").transformer
-    samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)
+    samples = caption_samples(cfg.data.captions, cfg.data.seed, cfg.data.kinds)
     conditioner = build_conditioner(klein, cfg.model)
     conditioner.prime(samples)
     student = klein.transformer.requires_grad_(True).train()

@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
         return
     klein = build_klein(cfg.model, expect="base")
     if cfg.data.captions:
-        samples = caption_samples(cfg.data.captions, seed=cfg.data.seed)
+        samples = caption_samples(cfg.data.captions, cfg.data.seed, cfg.data.kinds)
     else:
         samples = read_samples(cfg.data.folder, cfg.data.limit, cfg.data.direct)
     conditioner = build_conditioner(klein, cfg.model)

@@ -1,7 +1,7 @@
 """What the small models are first trained on: captions for the drawing model, texts for the tokenizer and
 encoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -26,18 +26,21 @@ class Caption:
     source: Scene | None = None
 
 
-def captions(n: int, seed: int, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Iterator[Caption]:
+def captions(n: int, seed: int, weights: Mapping[str, float] | None = None) -> Iterator[Caption]:
     """`n` random captions of three kinds: full descriptions, plain goals, edits with one reference.
 
     Goals and descriptions are of the train split only, so no held-out goal is ever seen.
 
     Args:
-        weights: of the kinds "description", "goal", "edit".
+        weights: of the kinds "description", "goal", "edit"; alike by default.
     """
+    weights = weights or dict.fromkeys(KINDS, 1.0)
+    if set(weights) != set(KINDS) or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(f"kinds {dict(weights)}: a weight of at least 0 for each of {', '.join(KINDS)}, not all 0")
     rng = Random(f"captions {seed}")
     goals = iter(sample_goals("train", n, seed))
     makers = {"description": _description, "edit": _edit, "goal": lambda _: _goal(next(goals), rng)}
-    for kind in rng.choices(KINDS, weights, k=n):
+    for kind in rng.choices(KINDS, [weights[kind] for kind in KINDS], k=n):
         yield makers[kind](rng)
 
 
