@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.data.readers import read_trajectories
 from clvr_train.method.trajectory import Sample
 from clvr_train.method.truncation import truncate
 from clvr_train.models.conditioning import Conditioner

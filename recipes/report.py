@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from clvr_train.data.images import open_image
-from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.data.readers import read_trajectories
 from clvr_train.evaluation.html import write_report
 from clvr_train.evaluation.runner import table
 from clvr_train.runtime.files import write_atomic

@@ -14,7 +14,7 @@ import transformers
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.data.readers import read_trajectories
 from clvr_train.method.protocol import format_turn
 from clvr_train.method.trajectory import Trajectory
 from clvr_train.models.qwen_vl import load_vlm, make_tiny_controller

@@ -16,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from PIL import Image
 
-from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.data.readers import read_trajectories
 from clvr_train.method.truncation import truncate
 from clvr_train.rewards.combine import simple_prompt
 from clvr_train.shapes.edits import find_edits, read_mentions

@@ -8,7 +8,7 @@ import json
 import pytest
 from diffusers import Flux2KleinPipeline
 
-from clvr_train.data.sharegpt import read_trajectories
+from clvr_train.data.readers import read_trajectories
 from clvr_train.method.truncation import truncate
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.runtime.metrics import read_metrics

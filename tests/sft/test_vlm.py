@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from clvr_train.data.images import open_image
-from clvr_train.data.sharegpt import read_trajectories, write_trajectories
+from clvr_train.data.readers import read_trajectories
+from clvr_train.data.sharegpt import write_trajectories
 from clvr_train.method.protocol import format_turn
 from clvr_train.method.trajectory import Step, Trajectory
 from clvr_train.models.qwen_vl import load_vlm, make_tiny_controller
