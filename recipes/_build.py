@@ -1,13 +1,13 @@
 """What several recipes build from the same config groups: models, samples, judges."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from clvr_train.data.readers import read_trajectories
-from clvr_train.method.trajectory import Sample
+from clvr_train.method.trajectory import Sample, Trajectory
 from clvr_train.method.truncation import truncate
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
@@ -38,23 +38,27 @@ def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
     return Conditioner(klein, tuple(model.size_px))
 
 
-def read_samples(folder: str | Path | None, limit: int | None = None, direct: bool = False) -> list[Sample]:
-    """Every truncation of every trajectory of a folder (of the first `limit` trajectories).
+def read_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
+    """Every truncation of every trajectory of a folder (of the first `limit` trajectories)."""
+    return [sample for trajectory in _trajectories(folder, limit) for sample in truncate(trajectory)]
 
-    With `direct` also one sample a trajectory without reasoning or history, from the goal to the last image, which the
-    trajectory ended on: SFT on traces alone forgets how to draw from a bare prompt.
+
+def read_direct_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
+    """One sample a trajectory without reasoning or history: from the goal to the last image, which it ended on.
+
+    Training on traces alone forgets how to draw from a bare prompt.
     """
+    return [
+        Sample(trajectory.id, len(trajectory.images), trajectory.goal, (), (), trajectory.images[-1])
+        for trajectory in _trajectories(folder, limit)
+        if trajectory.images
+    ]
+
+
+def _trajectories(folder: str | Path | None, limit: int | None) -> Iterator[Trajectory]:
     if folder is None:
         raise ValueError("data.folder: a folder of trajectories is needed")
-    samples: list[Sample] = []
-    for count, trajectory in enumerate(read_trajectories(Path(folder)), start=1):
-        samples += truncate(trajectory)
-        images = trajectory.images
-        if direct and images:
-            samples.append(Sample(trajectory.id, len(images), trajectory.goal, (), (), images[-1]))
-        if count == limit:
-            break
-    return samples
+    return read_trajectories(Path(folder), limit=limit)
 
 
 def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = None) -> list[Sample]:

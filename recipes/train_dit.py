@@ -14,7 +14,14 @@ from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._build import build_conditioner, build_klein, caption_samples, is_finished, read_samples
+from recipes._build import (
+    build_conditioner,
+    build_klein,
+    caption_samples,
+    is_finished,
+    read_direct_samples,
+    read_samples,
+)
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -29,7 +36,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.data.captions:
         samples = caption_samples(cfg.data.captions, cfg.data.seed, cfg.data.kinds)
     else:
-        samples = read_samples(cfg.data.folder, cfg.data.limit, cfg.data.direct)
+        samples = read_samples(cfg.data.folder, cfg.data.limit)
+        samples += read_direct_samples(cfg.data.folder, cfg.data.limit) if cfg.data.direct else []
     conditioner = build_conditioner(klein, cfg.model)
     conditioner.prime(samples)
     logger.info(

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from clvr_train.method.nft import blend_, old_decay
+from clvr_train.method.score import ProxyPrompt
 from clvr_train.models.adapters import OLD, POLICY, add_policies, fold, parameters, plain_copy, save_lora
 from clvr_train.models.klein import save_klein
 from clvr_train.models.sampler import Sampler
@@ -23,7 +24,7 @@ from clvr_train.rewards.combine import simple_prompt, trajectory_reward
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.shapes.judge import ShapesJudge
-from recipes._build import build_conditioner, build_klein, is_finished, read_samples
+from recipes._build import build_conditioner, build_klein, is_finished, read_direct_samples, read_samples
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
         tasks = [Task(sample, simple_prompt(sample)) for sample in samples]
     else:
         raise ValueError(f"reward={cfg.reward!r} is not one of proxy, simple")
+    if cfg.data.direct:  # a goal without a history is its own prompt
+        tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in read_direct_samples(cfg.data.folder)]
     readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
     logger.info("%d steps, %d with a prompt, %d that the judge can read", len(samples), len(tasks), len(readable))
     return readable
