@@ -14,6 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 # In an experiment's header: the command that runs it, which also says for which recipe it is.
+# Keys that count things: every recipe means the same by them, and none can do with less than one.
+COUNTS = frozenset(
+    "batch epochs group_size groups limit max_rounds micro_batch num num_times rank steps steps_per_epoch student_steps"
+    " substeps window".split()
+)
 _COMMAND = re.compile(r"^#.*\brecipes/(\w+)\.py\b.*\bexperiment=([\w/]+)", re.MULTILINE)
 
 
@@ -141,6 +146,8 @@ def compare(config: Any, declared: Any, path: str = "", keys: frozenset[str] | N
                 compare(value, known, f"{path}[{number}]", all_keys(known, f"{path}[{number}]"))
     elif not _fits(config, declared):
         raise ConfigError(f"{path}: expected {_kind(declared)}, got {config!r}")
+    elif _is_count(path) and not (config in (None, "???") or "${" in str(config) or _is_whole(config)):
+        raise ConfigError(f"{path}={config!r}: a whole number of at least 1 is needed")
 
 
 def all_keys(node: Any, path: str = "") -> frozenset[str]:
@@ -219,6 +226,16 @@ def _fits(value: Any, declared: Any) -> bool:
     if value in open_ended or declared in open_ended or "${" in f"{value}{declared}":
         return not isinstance(value, dict)
     return _kind(value) == _kind(declared)
+
+
+def _is_count(path: str) -> bool:
+    """Whether a key counts things of which there must be one: their names are the same in all recipes."""
+    name = path.rpartition(".")[2]
+    return name in COUNTS or name.endswith("_every")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _kind(value: Any) -> str:

@@ -22,7 +22,9 @@ def refused(result, *parts):
         ("model.folder=nowhere", ("nowhere/model_index.json", "not found")),
         ("data.folder=nowhere", ("nowhere/trajectories.jsonl",)),
         ("train.shift=linear", ("shift='linear'", "flux_linear")),
-        ("train.batch=0", ("batch_size=0",)),
+        ("train.batch=0", ("train.batch=0", "whole number of at least 1")),
+        ("train.save_every=0", ("train.save_every=0", "whole number of at least 1")),
+        ("train.steps=1.5", ("train.steps=1.5", "whole number of at least 1")),
     ],
 )
 def test_train_dit_refuses(world, run_recipe, override, parts):
