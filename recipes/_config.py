@@ -16,8 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 # In an experiment's header: the command that runs it, which also says for which recipe it is.
 # Keys that count things: every recipe means the same by them, and none can do with less than one.
 COUNTS = frozenset(
-    "batch epochs group_size groups limit max_rounds micro_batch num num_times rank steps steps_per_epoch student_steps"
-    " substeps window".split()
+    ("batch", "epochs", "group_size", "groups", "limit", "max_rounds", "micro_batch", "num", "num_times", "rank")
+    + ("steps", "steps_per_epoch", "student_steps", "substeps", "window")
 )
 _COMMAND = re.compile(r"^#.*\brecipes/(\w+)\.py\b.*\bexperiment=([\w/]+)", re.MULTILINE)
 
