@@ -1,0 +1,61 @@
+"""Checks a data set before a training: every record against every rule, every image decoded, in parallel.
+
+Prints counts by rule and the first offenders, writes all of it to report=PATH as JSON, and ends with exit status 1 if
+any record is refused.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from clvr_train.data.readers import find_files
+from clvr_train.data.validate import RULES, Report, validate
+from clvr_train.runtime.files import write_atomic
+from recipes._recipe import recipe
+
+logger = logging.getLogger(__name__)
+
+
+def table(report: Report, show: int) -> str:
+    """Counts by rule, and the first `show` offenders."""
+    lines = [f"{report.records} records, {report.refused} refused"]
+    if report.refused:
+        width = max(map(len, report.by_rule))
+        lines += ["", f"{'rule':{width}}  records  what the rule asks for"]
+        lines += [f"{rule:{width}}  {n:7}  {RULES.get(rule, '')}" for rule, n in report.by_rule.most_common()]
+        lines += ["", "first offenders", *(f"  {error}" for error in report.offenders[:show])]
+    return "\n".join(lines)
+
+
+@recipe("validate_data")
+def main(cfg: DictConfig) -> None:
+    data, file = Path(cfg.data), cfg.report and Path(cfg.report)
+    workers = len(os.sched_getaffinity(0)) if cfg.workers is None else cfg.workers
+    if workers < 0:
+        raise ValueError(f"workers={workers}: a number of processes, or 0 for this one")
+    if file:  # found out now, not after hours
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(f"report={file}: is a folder; name a file")
+    total = sum(path.stat().st_size for path in find_files(data))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="validate_data") as bar:
+
+        def advance(weight: int, report: Report) -> None:
+            bar.update(weight)
+            bar.set_postfix(records=report.records, refused=report.refused)
+
+        report = validate(data, workers, advance)
+    logger.info("%s", table(report, cfg.show))
+    if file:
+        write_atomic(file, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+    if report.refused:
+        where = f"all in {file}" if file else "report=PATH writes all of them to a file"
+        raise ValueError(f"{data}: {report.refused} of {report.records} records refused; {where}")
+
+
+if __name__ == "__main__":
+    main()
