@@ -38,27 +38,32 @@ def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
     return Conditioner(klein, tuple(model.size_px))
 
 
-def read_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
-    """Every truncation of every trajectory of a folder (of the first `limit` trajectories)."""
-    return [sample for trajectory in _trajectories(folder, limit) for sample in truncate(trajectory)]
+def read_samples(folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0) -> list[Sample]:
+    """Every truncation of every trajectory of a folder (of the first `limit` trajectories).
+
+    Up to the share `max_refused` of bad records is left out.
+    """
+    return [sample for trajectory in _trajectories(folder, limit, max_refused) for sample in truncate(trajectory)]
 
 
-def read_direct_samples(folder: str | Path | None, limit: int | None = None) -> list[Sample]:
+def read_direct_samples(
+    folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0
+) -> list[Sample]:
     """One sample a trajectory without reasoning or history: from the goal to the last image, which it ended on.
 
     Training on traces alone forgets how to draw from a bare prompt.
     """
     return [
         Sample(trajectory.id, len(trajectory.images), trajectory.goal, (), (), trajectory.images[-1])
-        for trajectory in _trajectories(folder, limit)
+        for trajectory in _trajectories(folder, limit, max_refused)
         if trajectory.images
     ]
 
 
-def _trajectories(folder: str | Path | None, limit: int | None) -> Iterator[Trajectory]:
+def _trajectories(folder: str | Path | None, limit: int | None, max_refused: float) -> Iterator[Trajectory]:
     if folder is None:
         raise ValueError("data.folder: a folder of trajectories is needed")
-    return read_trajectories(Path(folder), limit=limit)
+    return read_trajectories(Path(folder), max_refused=max_refused, limit=limit)
 
 
 def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = None) -> list[Sample]:

@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.teacher not in TEACHERS:
         raise ValueError(f"teacher={cfg.teacher!r} is not one of {', '.join(TEACHERS)}")
     folder = Path(cfg.data.folder)
-    samples = read_samples(folder)
+    samples = read_samples(folder, max_refused=cfg.data.max_refused)
     written, rejected = write_proxy_prompts(TEACHERS[cfg.teacher](), tqdm(samples, desc="make_proxy_prompts"), folder)
     logger.info("%d proxy prompts, %d contexts rejected, in %s", written, rejected, folder)
 

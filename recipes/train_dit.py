@@ -36,8 +36,9 @@ def main(cfg: DictConfig) -> None:
     if cfg.data.captions:
         samples = caption_samples(cfg.data.captions, cfg.data.seed, cfg.data.kinds)
     else:
-        samples = read_samples(cfg.data.folder, cfg.data.limit)
-        samples += read_direct_samples(cfg.data.folder, cfg.data.limit) if cfg.data.direct else []
+        samples = read_samples(cfg.data.folder, cfg.data.limit, cfg.data.max_refused)
+        if cfg.data.direct:
+            samples += read_direct_samples(cfg.data.folder, cfg.data.limit, cfg.data.max_refused)
     conditioner = build_conditioner(klein, cfg.model)
     conditioner.prime(samples)
     logger.info(

@@ -34,7 +34,7 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     """The contexts to draw from with the prompts of `reward`; contexts whose prompt the judge cannot read are left
     out.
     """
-    samples = read_samples(cfg.data.folder)
+    samples = read_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
     if cfg.reward == "proxy":
         prompts = read_proxy_prompts(cfg.data.folder, samples)
         tasks = [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
@@ -43,7 +43,8 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     else:
         raise ValueError(f"reward={cfg.reward!r} is not one of proxy, simple")
     if cfg.data.direct:  # a goal without a history is its own prompt
-        tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in read_direct_samples(cfg.data.folder)]
+        direct = read_direct_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
+        tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in direct]
     readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
     logger.info("%d steps, %d with a prompt, %d that the judge can read", len(samples), len(tasks), len(readable))
     return readable

@@ -6,7 +6,6 @@ the same command again.
 
 import logging
 import math
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,7 +40,8 @@ def main(cfg: DictConfig) -> None:
     run = run_folder(cfg)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    trajectories = list(islice(read_trajectories(Path(cfg.data.folder)), cfg.data.limit))
+    data = cfg.data
+    trajectories = list(read_trajectories(Path(data.folder), max_refused=data.max_refused, limit=data.limit))
     start = cfg.controller.folder
     folder = untrained(cfg, trajectories, run) if start == "untrained" else Path(start)
     dtype = PRECISIONS[cfg.controller.precision]

@@ -6,6 +6,7 @@ transformers reads those with `weights_only=True`, which runs no code of theirs.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -25,10 +26,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from clvr_train.data.order import Order
 from clvr_train.data.images import open_image
+from clvr_train.data.order import Order
 from clvr_train.method.protocol import chat_messages
-from clvr_train.method.trajectory import Trajectory
+from clvr_train.method.trajectory import ImageLike, Trajectory
 from clvr_train.models.qwen_vl import save_vlm
 from clvr_train.runtime.metrics import Metrics
 
@@ -68,17 +69,15 @@ def training_order(sizes: list[tuple], steps: int, batch: int, seed: int, window
 def _chats(trajectories: list[Trajectory], order: list[int]) -> Dataset:
     """The examples in the order of training; images are opened when their turn comes."""
     examples = [chat_example(trajectory) for trajectory in trajectories]
-    columns = {
-        "chat": [json.dumps(example["messages"]) for example in examples],
-        "files": [[str(path) for path in example["images"]] for example in examples],
-    }
-    return Dataset.from_dict(columns).select(order).with_transform(_opened)
+    images = [example["images"] for example in examples]
+    columns = {"chat": [json.dumps(example["messages"]) for example in examples], "row": list(range(len(examples)))}
+    return Dataset.from_dict(columns).select(order).with_transform(functools.partial(_opened, images))
 
 
-def _opened(rows: dict[str, list]) -> dict[str, list]:
+def _opened(images: list[list[ImageLike]], rows: dict[str, list]) -> dict[str, list]:
     return {
         "messages": [json.loads(chat) for chat in rows["chat"]],
-        "images": [[open_image(Path(file)) for file in files] for files in rows["files"]],
+        "images": [[open_image(image) for image in images[row]] for row in rows["row"]],
     }
 
 
@@ -199,7 +198,7 @@ def train_controller(
     Called again after a kill it goes on from the last checkpoint of the run. Also writes `<run>/metrics.jsonl`.
 
     Args:
-        trajectories: with images as files (`data.sharegpt.read_trajectories`).
+        trajectories: with images as pointers (`data.readers.read_trajectories`).
         config: of `sft_config`, with the same `run`.
         on_step: called after each step with the number of steps done.
     """
