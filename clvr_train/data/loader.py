@@ -3,9 +3,13 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clvr_train.data.images import open_image
@@ -58,6 +62,7 @@ def read_ahead(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=_share_images,
         generator=torch.Generator(),  # else it draws from the global one
     )
     refused: set[int] = set()
@@ -84,3 +89,20 @@ class _Prepared(Dataset, Generic[T]):
             return drawn, self.prepare(self.samples[drawn[1]])
         except (ValueError, OSError) as error:
             return drawn, _Unreadable(" ".join(str(error).split()))
+
+
+def _share_images(worker: int) -> None:
+    """In a worker: its images cross in shared memory, as tensors do. Through the pipe they would be copied twice,
+    and a worker whose parent was killed would wait for ever to get rid of them.
+    """
+    ForkingPickler.register(Image.Image, _reduced)
+
+
+def _reduced(image: Image.Image) -> tuple:
+    if image.mode != "RGB":
+        return image.__reduce_ex__(2)
+    return _restored, (torch.from_numpy(np.array(image)),)
+
+
+def _restored(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.numpy())

@@ -53,6 +53,14 @@ def target_pixels_of(sample: Sample, size_px):
     return target_pixels(sample.target, size_px)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixels_come_out_of_a_worker_as_they_went_in(workers):
+    pictures = [Image.effect_noise((65, 33), 90).convert(mode) for mode in ("RGB", "L", "RGBA", "RGB")]
+    read = tail(pictures, Order(4, 4, seed=0), 0, 1, prepare=Image.Image.copy, workers=workers)
+    for (_, index), made in read[0]:
+        assert made.mode == pictures[index].mode and made.tobytes() == pictures[index].tobytes()
+
+
 def test_open_images_leaves_what_is_no_image():
     image = Image.new("RGB", (64, 64))
     opened = open_images(Sample("a", 2, "goal", ("r", "s"), (image,), None))

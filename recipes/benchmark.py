@@ -1,0 +1,34 @@
+"""Measures parts of the project against their goals on this machine.
+
+Writes runs/<run>/{config.yaml, benchmark.json} and prints the table; what it reads meanwhile it makes itself.
+"""
+
+import json
+import logging
+import os
+
+from omegaconf import DictConfig
+
+from clvr_train.runtime.files import write_atomic
+from recipes._bench import table
+from recipes._bench_data import bench_data
+from recipes._recipe import recipe, run_folder
+
+logger = logging.getLogger(__name__)
+
+
+@recipe("benchmark")
+def main(cfg: DictConfig) -> None:
+    if cfg.bench != "data":
+        raise ValueError(f"bench={cfg.bench!r} is not one of data")
+    run = run_folder(cfg)
+    load = os.getloadavg()[0]
+    rows = bench_data(cfg.data, run, cfg.seed)
+    machine = {"cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]}
+    report = {"bench": cfg.bench, "machine": machine, "rows": [row.to_json() for row in rows]}
+    write_atomic(run / "benchmark.json", json.dumps(report, indent=2) + "\n")
+    logger.info("%s\n%s", table(rows), f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main()
