@@ -27,10 +27,12 @@ once runs/rebuild/pretrained/model train_dit.py          experiment=shapes_pretr
 once runs/rebuild/base/model       train_dit.py          experiment=shapes_base     model.device="$DEVICE"
 once runs/rebuild/distilled/model  distill.py            experiment=shapes_distill  model.device="$DEVICE"
 
-# The controller: SFT from random weights on many trajectories, in which much goes wrong and is repaired.
-once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=12000 \
-  habits.draw_slip=0.6 habits.edit_slip=0.25
-once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
+# The controller: SFT from random weights, then on trajectories in which more goes wrong and is repaired.
+once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=6000
+once runs/rebuild/controller_base/model       train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
+once runs/rebuild/vlm_repair_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_repair_data num=6000 seed=1 \
+  habits.draw_slip=0.4 habits.edit_slip=0.2
+once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_repair controller.device="$DEVICE"
 
 for name in base distilled controller; do publish "$name"; done
 du -sh models/shapes
