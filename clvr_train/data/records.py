@@ -6,6 +6,7 @@ rule with its code, stand in `docs/data_format.md`. Nothing here opens a file: w
 container says.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from clvr_train.method.trajectory import DRAWING_ACTIONS, ImageLike, Step, Traje
 ROLES = ("human", "gpt")
 _FIELDS = {"id": str, "conversations": list, "images": list}
 _DRAWN_MARKER = "<IMG_GEN_"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class FieldError(ValueError):
@@ -157,7 +159,7 @@ def _turn_value(turn: object, index: int) -> str:
 
 def check_text(text: str, field: str) -> None:
     """Refuse text that cannot be written as UTF-8. Raises `FieldError`."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _SURROGATE.search(text):
         raise FieldError(field, "holds half a surrogate pair, which is no text", "bad_text")
 
 

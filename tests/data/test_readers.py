@@ -1,0 +1,224 @@
+import json
+import logging
+import pickle
+import tempfile
+import tracemalloc
+from itertools import permutations
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clvr_train.data.parquet import write_parquet
+from clvr_train.data.readers import Refusals, find_files, read_trajectories
+from clvr_train.data.records import DataError
+from clvr_train.data.shards import write_shards
+from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
+from clvr_train.data.stored import encoded, in_memory
+from clvr_train.method.trajectory import Step, Trajectory
+from tests.data.examples import content, data_sets, good_records, image_bytes, picture, trajectory, write_lines
+
+WRITERS = {"json": write_trajectories, "parquet": write_parquet, "tar": write_shards}
+every_writer = pytest.mark.parametrize("form", WRITERS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(data_sets, st.sampled_from(list(permutations(WRITERS))))
+def test_nothing_is_lost_from_one_form_to_the_next(data: list[Trajectory], forms: tuple[str, ...]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        before, kept = data, None
+        for form in forms:
+            assert WRITERS[form](Path(folder, form), before) == len(data)
+            after = list(read_trajectories(Path(folder, form)))
+            assert [content(t) for t in after] == [content(t) for t in data]
+            bytes_now = [image_bytes(t) for t in after]
+            assert kept is None or bytes_now == kept
+            before, kept = after, bytes_now
+
+
+@every_writer
+def test_an_encoded_image_keeps_its_bytes(tmp_path: Path, form: str) -> None:
+    WRITERS[form](tmp_path / "data", [trajectory()])
+    (after,) = read_trajectories(tmp_path / "data", decode=True)
+    assert image_bytes(after)[1] == trajectory().images[1].read()
+    assert image_bytes(after)[0].startswith(b"\x89PNG")
+
+
+@every_writer
+def test_pointers_go_to_other_processes(tmp_path: Path, form: str) -> None:
+    WRITERS[form](tmp_path / "data", [trajectory(f"t{n}", n) for n in range(5)])
+    data = list(read_trajectories(tmp_path / "data"))
+    assert [content(t) for t in pickle.loads(pickle.dumps(data))] == [content(t) for t in data]
+    assert form == "json" or data[3].images[1].name.endswith(":4:images[2]")
+
+
+@every_writer
+def test_failed_write_leaves_nothing(tmp_path: Path, form: str) -> None:
+    for bad, field in [(trajectory("t"), "id"), (Trajectory("x", "see <IMG_GEN_1>", trajectory().steps), "goal"),
+                       (trajectory("x", reasoning=" space"), r"steps\[1\].reasoning"),
+                       (Trajectory("\ud800", "goal", trajectory().steps), "id"),
+                       (Trajectory("x", "goal", (Step("see", "generate", tmp_path / "none.png"),)),
+                        r"steps\[1\].image")]:  # fmt: skip
+        with pytest.raises(DataError, match=rf":2: {field}: "):
+            WRITERS[form](tmp_path / "data", [trajectory("t"), bad])
+        left = {path.suffix for path in tmp_path.rglob("*")}
+        assert not left & {".tmp", ".staging", ".jsonl", ".parquet", ".tar"}
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_a_full_folder_is_not_written_into(tmp_path: Path, form: str) -> None:
+    (tmp_path / "data").mkdir()
+    WRITERS[form](tmp_path / "data", [trajectory()])
+    with pytest.raises(FileExistsError, match="is there already"):
+        WRITERS[form](tmp_path / "data", [trajectory()])
+    assert len(list(read_trajectories(tmp_path / "data"))) == 1
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_many_files_are_read_in_order(tmp_path: Path, form: str) -> None:
+    ids = [f"t{n}" for n in range(7)]
+    WRITERS[form](tmp_path / "data", [trajectory(name) for name in ids], file_bytes=40_000)
+    files = find_files(tmp_path / "data")
+    assert len(files) > 2
+    assert [t.id for t in read_trajectories(tmp_path / "data")] == ids
+    assert [t.id for file in files for t in read_trajectories(file)] == ids
+    assert len(list(read_trajectories(tmp_path / "data", limit=3))) == 3
+
+
+@every_writer
+def test_an_empty_data_set_is_an_error(tmp_path: Path, form: str) -> None:
+    assert WRITERS[form](tmp_path / "data", []) == 0
+    with pytest.raises(DataError, match=":1: record: the file is empty") as error:
+        list(read_trajectories(tmp_path / "data"))
+    assert error.value.rule == "empty_file"
+    assert repr(pickle.loads(pickle.dumps(error.value))) == repr(error.value)
+
+
+def test_what_a_path_means(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="trajectories.jsonl: no such file; a folder of trajectories holds"):
+        find_files(tmp_path)
+    with pytest.raises(FileNotFoundError, match="x.tar: no such file$"):
+        find_files(tmp_path / "x.tar")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "proxy_prompts.jsonl").touch()
+    with pytest.raises(ValueError, match="notes.txt: not one of .jsonl, .json, .parquet, .tar"):
+        find_files(tmp_path / "notes.txt")
+    (tmp_path / "trajectories.json").touch()
+    assert find_files(tmp_path) == [tmp_path / "trajectories.json"]
+    (tmp_path / "b.tar").touch()
+    with pytest.raises(ValueError, match="holds trajectories.json and b.tar; name the file"):
+        find_files(tmp_path)
+    (tmp_path / "trajectories.json").unlink()
+    (tmp_path / "a.tar").touch()
+    assert [file.name for file in find_files(tmp_path)] == ["a.tar", "b.tar"]
+
+
+def test_json_as_array_and_as_lines(tmp_path: Path) -> None:
+    records = good_records(tmp_path)
+    texts = [json.dumps(records), json.dumps(records, indent=2, ensure_ascii=False), "\ufeff \n" + json.dumps(records),
+             "\n".join(map(json.dumps, records))]  # fmt: skip
+    for text in texts:
+        file = tmp_path / "other.json"
+        file.write_text(text, encoding="utf-8")
+        assert [t.id for t in read_trajectories(file)] == ["t0", "t1", "t2"]
+    (tmp_path / FILE_NAME).write_bytes(b"\xef\xbb\xbf" + (tmp_path / FILE_NAME).read_bytes())
+    assert len(list(read_trajectories(tmp_path))) == 3
+
+
+def test_a_damaged_image_in_a_file_is_found_by_decoding(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data", [trajectory()])
+    (file,) = find_files(tmp_path / "data")
+    raw = bytearray(file.read_bytes())
+    at = raw.index(b"IDAT") + 100
+    raw[at : at + 50] = bytes(50)
+    file.write_bytes(raw)
+    assert len(list(read_trajectories(file))) == 1
+    with pytest.raises(DataError, match=r":1: images\[1\]: .*tar:1:images\[1\]: unreadable image"):
+        list(read_trajectories(file, decode=True))
+
+
+# ---------------------------------------------------------------------------- refusing
+
+
+def test_bad_records_are_left_out_up_to_a_share(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = good_records(tmp_path, 4)
+    write_lines(tmp_path, [records[0], b"{", {**records[1], "id": "t0"}, *records[2:]])
+    with pytest.raises(DataError, match=":2: record: "):
+        list(read_trajectories(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert [t.id for t in read_trajectories(tmp_path, max_refused=0.4)] == ["t0", "t2", "t3"]
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(": ")[1].rpartition(FILE_NAME)[2] for message in said[:2]] == [":2", ":3"]
+    assert said[2].endswith("2 of 5 records refused")
+    with pytest.raises(ValueError, match="2 of 5 records refused, more than max_refused=0.39 allows"):
+        list(read_trajectories(tmp_path, max_refused=0.39))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 2])
+def test_a_share_is_a_share(tmp_path: Path, share: float) -> None:
+    with pytest.raises(ValueError, match="max_refused"):
+        Refusals(tmp_path, share)
+
+
+@given(st.lists(st.booleans(), max_size=40), st.floats(0.01, 0.99))
+def test_the_share_is_judged_at_the_end_of_few_records(good: list[bool], share: float) -> None:
+    refusals, error = Refusals("data", share), DataError("f", 1, "id", "bad", "wrong_type")
+    for record in good:
+        refusals.accept() if record else refusals.refuse(error)
+    if good.count(False) > share * len(good):
+        with pytest.raises(ValueError, match="records refused"):
+            refusals.finish()
+    else:
+        refusals.finish()
+
+
+def test_the_share_is_judged_every_thousand_records() -> None:
+    refusals, error = Refusals("data", 0.1), DataError("f", 1, "id", "bad", "wrong_type")
+    for _ in range(101):
+        refusals.refuse(error)
+    for _ in range(898):
+        refusals.accept()
+    with pytest.raises(ValueError, match="101 of 1000 records refused"):
+        refusals.accept()
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def peak(file: Path) -> int:
+    """Most bytes that reading a file held, of Python and of Arrow."""
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        for _ in read_trajectories(file):
+            pass
+        return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+
+
+def large_file(folder: Path, form: str, num: int) -> Path:
+    """A file of `num` records of more than 256 KiB each."""
+    if form in ("parquet", "tar"):
+        image = in_memory("noise", encoded(picture(0, (300, 300)))[0])
+        WRITERS[form](folder, (Trajectory(f"t{n}", "goal", (Step("draw", "generate", image),)) for n in range(num)))
+        return find_files(folder)[0]
+    write_trajectories(folder, (Trajectory(f"t{n}", "goal", (Step("x" * 2**18, "verify"),)) for n in range(num)))
+    file = folder / FILE_NAME
+    if form == "array":
+        lines = file.read_bytes().splitlines()
+        file = folder / "array.json"
+        file.write_bytes(b"[" + b",\n".join(lines) + b"]")
+    return file
+
+
+@pytest.mark.parametrize("form", [*WRITERS, "array"])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, form: str) -> None:
+    files = {num: large_file(tmp_path / str(num), form, num) for num in (24, 96)}
+    assert files[96].stat().st_size > 24 << 20
+    peaks = {num: peak(file) for num, file in files.items()}
+    assert peaks[96] < 1.1 * peaks[24] + (1 << 18) < 16 << 20, peaks
