@@ -7,8 +7,6 @@ webdataset, and read from the offsets that the headers give: any image is one se
 
 import functools
 import json
-import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +18,13 @@ from clvr_train.data.paths import new_folder
 from clvr_train.data.records import DataError, Entry, FieldError, to_record
 from clvr_train.data.sharegpt import check_new_id
 from clvr_train.data.stored import encoded_images
+from clvr_train.data.tar_index import Span, read_head, read_span, tar_records
 from clvr_train.method.trajectory import StoredImage, Trajectory
 
 FILE_NAME = "trajectories-{:06d}.tar"
 FILE_BYTES = 1 << 30
 MAX_IMAGE_BYTES = 512 << 20
 _CHUNK_RECORDS = 32
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # webdataset's: the key ends at the first dot of the file name
-_END = bytes(tarfile.BLOCKSIZE)
-
-Span = tuple[int, int]  # offset and size of a member's content
 
 
 # ---------------------------------------------------------------------------- reading
@@ -55,54 +50,13 @@ class ShardChunk:
 def shard_chunks(file: Path) -> Iterator[ShardChunk]:
     """The records of a shard, some at a time; only headers are read."""
     start, end, samples = 0, 0, []
-    for number, (key, members, end) in enumerate(_samples(file), start=1):
+    for number, (key, members, end) in enumerate(tar_records(file), start=1):
         samples.append((number, key, members))
         if len(samples) == _CHUNK_RECORDS:
             yield ShardChunk(file, end - start, tuple(samples))
             start, samples = end, []
     if samples:
         yield ShardChunk(file, end - start, tuple(samples))
-
-
-def _samples(file: Path) -> Iterator[tuple[str, dict[str, Span] | FieldError, int]]:
-    """(key, members, bytes of the file so far): neighbouring members of one key, as webdataset groups them."""
-    key, members = None, {}
-    end = 0
-    for item in _members(file):
-        if isinstance(item, FieldError):
-            yield key or "", item, file.stat().st_size
-            return
-        name, span = item
-        match = _MEMBER.fullmatch(name)
-        if match is None:
-            continue
-        if match[1] != key:
-            if key is not None:
-                yield key, members, end
-            key, members = match[1], {}
-        suffix, end = match[2].lower(), sum(span)
-        if isinstance(members, dict):
-            twice = suffix in members
-            members[suffix] = span
-            members = FieldError("record", f"two members {name!r:.80}", "bad_container") if twice else members
-    if key is not None:
-        yield key, members, end
-
-
-def _members(file: Path) -> Iterator[tuple[str, Span] | FieldError]:
-    """(name, place) of the regular members; an error as the last item where the archive cannot be read on."""
-    try:
-        with tarfile.open(file, "r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # tarfile would keep them all
-                if member.isreg() and not member.issparse():
-                    yield member.name, (member.offset_data, member.size)
-            # At a damaged header tarfile ends as at the end of the archive.
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != _END:
-                yield FieldError("record", "the shard is cut off or damaged from here on", "bad_container")
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        yield FieldError("record", f"not a readable tar file ({error}); a packed one must be unpacked", "bad_container")
 
 
 def _record(file: Path, key: str, members: dict[str, Span] | FieldError) -> object:
@@ -130,25 +84,6 @@ def _member(
     head = functools.partial(read_head, file, offset, size)
     image = StoredImage(f"{file}:{number}:{field}", functools.partial(read_span, file, offset, size), head)
     return image, image
-
-
-def read_span(file: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on.
-
-    Raises:
-        OSError: the file is gone, or ends before.
-    """
-    with file.open("rb") as stream:
-        stream.seek(offset)
-        content = stream.read(size)
-    if len(content) != size:
-        raise OSError(f"{file}: ends {size - len(content)} bytes too early")
-    return content
-
-
-def read_head(file: Path, offset: int, size: int, limit: int) -> bytes:
-    """The first bytes of a member, at most `limit`. Raises as `read_span`."""
-    return read_span(file, offset, min(size, limit))
 
 
 # ---------------------------------------------------------------------------- writing

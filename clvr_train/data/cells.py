@@ -1,0 +1,120 @@
+"""Single cells of parquet files, in memory that does not grow with the file or its row groups."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Of a column, this much of a row group is held at a time, besides the page that it comes from (which in most files has
+# 1024 rows or less); reading goes through a buffer of the second size.
+BLOCK_BYTES = 4 * 2**20
+_BUFFER_BYTES = 2**20
+_OPEN = 4  # files, and columns of row groups
+
+T = TypeVar("T")
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A parquet file that is read through a small buffer, not a column of a row group at once.
+
+    Raises:
+        OSError: if it cannot be opened, is no parquet file, or was cut short.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise OSError(f"{path}: no parquet file, or cut short ({_reason(error)})") from error
+
+
+def read_cell(path: Path, group: int, row: int, column: str) -> object:
+    """The value of `column` (`image.bytes` is a field of a struct) in a row of a row group, both from 0.
+
+    Rows in rising order cost a block now and then; a row before the block that is held starts the row group anew.
+
+    Raises:
+        OSError: if the file cannot be read there.
+    """
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    try:
+        file = _kept.files.get(key, partial(open_parquet, path))
+        return _kept.groups.get((*key, group, column), partial(_Group, file, group, column)).value(row)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise OSError(f"row group {group + 1} cannot be read ({_reason(error)})") from error
+
+
+class _Newest:
+    """What was asked for last."""
+
+    def __init__(self, limit: int) -> None:
+        self._values, self._limit = OrderedDict(), limit
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        value = self._values.pop(key, None)
+        self._values[key] = value if value is not None else make()
+        if len(self._values) > self._limit:
+            self._values.popitem(last=False)
+        return self._values[key]
+
+
+class _Kept(threading.local):
+    """Of every thread its own: a reader has a position."""
+
+    def __init__(self) -> None:
+        self.files, self.groups = _Newest(_OPEN), _Newest(_OPEN)
+
+
+_kept = _Kept()
+
+
+class _Group:
+    """A column of a row group, read forwards a block of rows at a time; the block at hand begins with row `first`."""
+
+    def __init__(self, file: pq.ParquetFile, group: int, column: str) -> None:
+        self._file, self._group, self._column = file, group, column
+        layout = file.metadata.row_group(group)
+        parts = [layout.column(n) for n in range(layout.num_columns)]
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+        self._rows = max(1, BLOCK_BYTES * layout.num_rows // max(1, size))
+        self.restart()
+
+    def restart(self) -> None:
+        self.first = 0
+        self._block: Sequence | pa.Array = ()
+        self._blocks = self._read()
+
+    def value(self, row: int) -> object:
+        if row < self.first or self._blocks is None:
+            self.restart()
+        while row >= self.first + len(self._block):
+            self.first += len(self._block)
+            self._block = ()  # or two would be held while the next is made
+            blocks, self._blocks = self._blocks, None  # stays so if reading fails
+            self._block = next(blocks, None)
+            if self._block is None:
+                raise OSError(f"it has {self.first} rows, not {row + 1}")
+            self._blocks = blocks
+        return self._block[row - self.first].as_py()
+
+    def _read(self) -> Iterator[pa.Array]:
+        batches = self._file.iter_batches(
+            self._rows, row_groups=[self._group], columns=[self._column], use_threads=False
+        )
+        return (_values(batch.column(0)) for batch in batches)
+
+
+def _values(array: pa.Array) -> pa.Array:
+    """The one field of a struct that was asked for."""
+    return array.flatten()[0] if pa.types.is_struct(array.type) else array
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())
