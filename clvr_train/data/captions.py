@@ -9,6 +9,7 @@ huggingface.co/datasets/ma-xu/fine-t2i.
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import overload
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from clvr_train.data.cells import open_parquet, read_cell
+from clvr_train.data.images import target_image
 from clvr_train.data.jsonstream import parse_line
 from clvr_train.data.records import DataError, FieldError
 from clvr_train.data.tar_index import Span, TarIndex, index_tar, read_head, read_span
@@ -31,15 +33,19 @@ _IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 class Captions(Sequence[Sample]):
     """The records of several parts (row groups, tars), one after the other.
 
-    A part is `(file, n)`, the n-th of its file. `ends` are the numbers of records up to the end of every part.
+    `ends` are the numbers of records up to the end of every part; `limit` ends them all earlier.
     """
 
-    def __init__(self, files: Sequence[tuple[str, Path]], ends: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[tuple[str, Path]], ends: Sequence[int], limit: int | None) -> None:
         self.files = files
         self._ends = np.asarray(ends, dtype=np.int64)
+        records = int(self._ends[-1]) if len(self._ends) else 0
+        self._num = records if limit is None else min(limit, records)
+        if not self._num:
+            raise ValueError(f"{files[0][1]}: no records in {len(files)} files like this one, limit={limit}")
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._num
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -66,18 +72,21 @@ class FluxReason(Captions):
     """FLUX-Reason-6M: parquet files of 36 columns, of which a caption and the image are read.
 
     Records whose caption is null (every kind but `detail` has many) are left out: `num_without_caption` counts them.
+    One that is empty is an error when it is asked for.
 
     Args:
         source: a folder, searched whole, a file, or files.
         caption: what follows `caption_` in the name of the column: detail, composition, entity, text, imaginative,
             style, abstract, original, or one of these with `_cn`.
+        limit: use only the first so many.
 
     Raises:
         FileNotFoundError: without any file.
         DataError: if a file is damaged or lacks a column.
+        ValueError: if no record is left.
     """
 
-    def __init__(self, source: Path | Sequence[Path], caption: str = "detail") -> None:
+    def __init__(self, source: Path | Sequence[Path], caption: str = "detail", limit: int | None = None) -> None:
         files = find_files(source, ".parquet")
         self.column = f"caption_{caption}"
         self.num_without_caption = 0
@@ -94,7 +103,7 @@ class FluxReason(Captions):
                 self._groups.append((number, group, before))
                 ends.append(ends[-1] + (rows if kept is None else len(kept)))
                 before += rows
-        super().__init__(files, ends[1:])
+        super().__init__(files, ends[1:], limit)
 
     def _sample(self, part: int, number: int) -> Sample:
         file, group, before = self._groups[part]
@@ -119,16 +128,18 @@ class FineT2I(Captions):
 
     Args:
         source: a folder, searched whole, a tar, or tars.
+        limit: use only the first so many.
 
     Raises:
         FileNotFoundError: without any tar.
         DataError: if a tar is damaged (see `data.tar_index.index_tar`).
+        ValueError: if no record is left.
     """
 
-    def __init__(self, source: Path | Sequence[Path]) -> None:
+    def __init__(self, source: Path | Sequence[Path], limit: int | None = None) -> None:
         files = find_files(source, ".tar")
         self._tars = [index_tar(path) for _, path in files]
-        super().__init__(files, np.cumsum([len(tar) for tar in self._tars]))
+        super().__init__(files, np.cumsum([len(tar) for tar in self._tars]), limit)
 
     def _sample(self, part: int, number: int) -> Sample:
         name, path = self.files[part]
@@ -145,6 +156,15 @@ class FineT2I(Captions):
             partial(read_head, path, offset, size),
         )
         return Sample(f"{name}:{tar.key(number)}", 1, goal, (), (), image)
+
+
+def fit_target(sample: Sample, size_px: tuple[int, int]) -> Sample:
+    """The sample with its target decoded and brought to (height, width): what a worker does for the loop.
+
+    Raises:
+        ImageError: as `data.images.target_image`.
+    """
+    return replace(sample, target=target_image(sample.target, size_px))
 
 
 def find_files(source: Path | Sequence[Path], ending: str) -> list[tuple[str, Path]]:

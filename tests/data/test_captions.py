@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from clvr_train.data.captions import FineT2I, FluxReason
+from clvr_train.data.captions import FineT2I, FluxReason, fit_target
 from clvr_train.data.cells import read_cell
-from clvr_train.data.images import ImageError, image_size, open_image
+from clvr_train.data.images import ImageError, image_size, open_image, target_image, target_pixels
 from clvr_train.data.records import DataError
 from tests.data.corpora import (
     FLUX_REASON,
@@ -90,6 +91,23 @@ def test_names_stay_when_the_folder_moves(flux_reason: Path, tmp_path: Path) -> 
     moved = FluxReason(sorted((tmp_path / "moved").resolve().rglob("*.parquet")))
     assert [s.key for s in moved] == [s.key for s in FluxReason(flux_reason)]
     assert moved[0].trajectory_id == "Aesthetics/fluxdb-aesthetics-00000-of-00002:1"
+
+
+def test_a_limit_ends_a_corpus_earlier(flux_reason: Path, tmp_path: Path) -> None:
+    assert [sample.goal for sample in FluxReason(flux_reason, limit=7)] == [f"detail of picture {n}" for n in range(7)]
+    tar = write_tar(tmp_path / "a.tar", fine_t2i_record("a", picture(0)) + fine_t2i_record("b", picture(1)))
+    assert [sample.trajectory_id for sample in FineT2I(tar, limit=1)] == ["a:a"] and len(FineT2I(tar, limit=9)) == 2
+    for path in (write_tar(tmp_path / "b.tar", []), tar):
+        with pytest.raises(ValueError, match=f"^{path}: no records in 1 files"):
+            FineT2I(path, limit=0)
+
+
+def test_targets_are_brought_to_the_size_that_is_drawn(flux_reason: Path) -> None:
+    sample = FluxReason(flux_reason)[3]
+    fitted = fit_target(sample, (64, 128))
+    assert np.array_equal(fitted.target, target_image(sample.target, (64, 128)))
+    assert torch.equal(target_pixels(fitted.target, (64, 128)), target_pixels(sample.target, (64, 128)))
+    assert fitted.key == sample.key and fitted.goal == sample.goal
 
 
 def without(column: str) -> pa.Schema:
@@ -257,6 +275,7 @@ WALK = """
 import re, sys
 from pathlib import Path
 from clvr_train.data import captions
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 corpus = getattr(captions, sys.argv[1])(Path(sys.argv[2]))
 read = sum(len(sample.target.read()) + len(sample.goal) for sample in corpus)
 assert read > 0.9 * Path(sys.argv[2]).stat().st_size
