@@ -6,7 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clvr_train.data.readers import read_trajectories
+from clvr_train.data.cache import TensorCache
+from clvr_train.data.captions import Captions, FineT2I, FluxReason
+from clvr_train.data.readers import Refusals, read_trajectories
+from clvr_train.data.records import DataError
 from clvr_train.method.trajectory import Sample, Trajectory
 from clvr_train.method.truncation import truncate
 from clvr_train.models.conditioning import Conditioner
@@ -34,8 +37,15 @@ def build_klein(model: DictConfig, expect: str | None, folder: str | Path | None
     )
 
 
-def build_conditioner(klein: Klein, model: DictConfig) -> Conditioner:
-    return Conditioner(klein, tuple(model.size_px))
+def build_conditioner(klein: Klein, model: DictConfig, cache: DictConfig | None = None) -> Conditioner:
+    """The conditioner of a `model` group, with the `cache` keys of a recipe that has them."""
+    if cache is None:
+        return Conditioner(klein, tuple(model.size_px))
+    store = TensorCache(Path(cache.folder)) if cache.folder else None
+    if cache.texts and store is None:
+        raise ValueError("cache.texts=true: a cache.folder is needed")
+    options = {"cache": store, "cache_texts": cache.texts, "memory_gb": cache.memory_gb}
+    return Conditioner(klein, tuple(model.size_px), **options)
 
 
 def read_samples(folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0) -> list[Sample]:
@@ -58,6 +68,36 @@ def read_direct_samples(
         for trajectory in _trajectories(folder, limit, max_refused)
         if trajectory.images
     ]
+
+
+def read_corpus(data: DictConfig) -> Captions:
+    """The captions of `data.folder` in the form `data.format`: `flux_reason` or `fine_t2i`."""
+    if data.folder is None:
+        raise ValueError("data.folder: a folder or file of captions is needed")
+    if data.format == "flux_reason":
+        corpus = FluxReason(Path(data.folder), data.caption, data.limit)
+        logger.info("%d captions, %d records have none", len(corpus), corpus.num_without_caption)
+        return corpus
+    if data.format == "fine_t2i":
+        corpus = FineT2I(Path(data.folder), data.limit)
+        logger.info("%d captions", len(corpus))
+        return corpus
+    raise ValueError(f"format={data.format!r} is not one of flux_reason, fine_t2i")
+
+
+def read_prompts(data: DictConfig, max_refused: float = 0.0) -> list[Sample]:
+    """The samples of a corpus of captions, whose goals are prompts to draw. Their captions are read, no image is."""
+    corpus = read_corpus(data)
+    samples, refusals = [], Refusals(data.folder, max_refused)
+    for index in range(len(corpus)):
+        try:
+            samples.append(corpus[index])
+        except DataError as error:
+            refusals.refuse(error)
+        else:
+            refusals.accept()
+    refusals.finish()
+    return samples
 
 
 def _trajectories(folder: str | Path | None, limit: int | None, max_refused: float) -> Iterator[Trajectory]:

@@ -5,11 +5,16 @@ same command again.
 """
 
 import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from clvr_train.data.captions import fit_target
+from clvr_train.data.loader import Drawn, read_ahead
 from clvr_train.data.order import Order
+from clvr_train.method.trajectory import Sample
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
@@ -19,28 +24,54 @@ from recipes._build import (
     build_klein,
     caption_samples,
     is_finished,
+    read_corpus,
     read_direct_samples,
     read_samples,
 )
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
+MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every")
+MAY_CHANGE += ("cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
+
+
+def read_data(data: DictConfig) -> Sequence[Sample]:
+    """The samples of the `data` keys: a list, or a corpus that is read when it is indexed."""
+    if data.captions:
+        return caption_samples(data.captions, data.seed, data.kinds)
+    if data.format != "trajectories":
+        if data.direct:
+            raise ValueError(f"data.direct=true: captions (data.format={data.format}) have no trajectories")
+        return read_corpus(data)
+    samples = read_samples(data.folder, data.limit, data.max_refused)
+    if data.direct:
+        samples += read_direct_samples(data.folder, data.limit, data.max_refused)
+    return samples
+
+
+def read_batches(samples: Sequence[Sample], batches: Iterable[list[Drawn]], cfg: DictConfig) -> Iterator[list]:
+    """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out."""
+    if isinstance(samples, list):
+        yield from ([(drawn, samples[drawn[1]]) for drawn in batch] for batch in batches)
+        return
+    fit = partial(fit_target, size_px=tuple(cfg.model.size_px))
+    read = read_ahead(samples, batches, fit, workers=cfg.data.workers, max_refused=cfg.data.max_refused)
+    for batch in read:
+        if not batch:
+            raise ValueError("every sample of a batch was refused: see the warnings above")
+        yield batch
 
 
 @recipe("train_dit")
 def main(cfg: DictConfig) -> None:
-    run = run_folder(cfg, may_change=("train.lr", "train.steps", "train.log_every", "train.save_every"))
+    run = run_folder(cfg, may_change=MAY_CHANGE)
     if is_finished(run):
         return
     klein = build_klein(cfg.model, expect="base")
-    if cfg.data.captions:
-        samples = caption_samples(cfg.data.captions, cfg.data.seed, cfg.data.kinds)
-    else:
-        samples = read_samples(cfg.data.folder, cfg.data.limit, cfg.data.max_refused)
-        if cfg.data.direct:
-            samples += read_direct_samples(cfg.data.folder, cfg.data.limit, cfg.data.max_refused)
-    conditioner = build_conditioner(klein, cfg.model)
-    conditioner.prime(samples)
+    samples = read_data(cfg.data)
+    conditioner = build_conditioner(klein, cfg.model, cfg.cache)
+    if isinstance(samples, list):
+        conditioner.prime(samples, progress=partial(tqdm, desc="encode"))
     logger.info(
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
         len(samples), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
@@ -60,15 +91,12 @@ def main(cfg: DictConfig) -> None:
         transformer.load_state_dict(saved[1])
     order = Order(len(samples), cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
-        todo = range(engine.steps, cfg.train.steps)
-        for step in tqdm(todo, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
-            drawn = order.batch(step)
-            batch = [samples[index] for _, index in drawn]
-            seeds = [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in zip(drawn, batch, strict=True)]
+        batches = read_batches(samples, map(order.batch, range(engine.steps, cfg.train.steps)), cfg)
+        for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
             out = backward_flow_matching(
                 conditioner,
-                batch,
-                seeds,
+                [sample for _, sample in batch],
+                [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in batch],
                 shift=cfg.train.shift,
                 fixed_mu=cfg.train.fixed_mu,
                 text_dropout=cfg.train.text_dropout,

@@ -29,11 +29,9 @@ def test_group_shares_one_text_encoding_and_references_are_encoded_once(tiny_kle
 
 def test_another_picture_under_the_same_name_is_encoded_anew(tiny_klein):
     conditioner = Conditioner(tiny_klein(), (96, 96))
-    first, _ = conditioner.image("goal-1", 1, RED)
-    again, _ = conditioner.image("goal-1", 1, RED)
-    other, _ = conditioner.image("goal-1", 1, BLUE)
-    assert conditioner.image_calls == 2 and again is first
-    assert torch.equal(other, conditioner.image("x", 1, BLUE)[0])
+    first, again, other = (conditioner.batch([sample("goal-1", (image,))]).references for image in (RED, RED, BLUE))
+    assert conditioner.image_calls == 2 and again.equal(first)
+    assert torch.equal(other, conditioner.batch([sample("x", (BLUE,))]).references) and not other.equal(first)
 
 
 def test_buckets_hold_equal_reference_grids(tiny_klein):
@@ -61,7 +59,7 @@ def test_dropped_text_keeps_references(tiny_klein):
     kept, dropped = sample("a", (RED,)), sample("b", (BLUE,))
     cond = conditioner.batch([kept, dropped], drop_text=[False, True])
     assert torch.equal(cond.text[1], conditioner.text([""])[0]) and not torch.equal(cond.text[0], cond.text[1])
-    assert torch.equal(cond.references[1], conditioner.image("b", 1, BLUE)[0])
+    assert torch.equal(cond.references[1], conditioner.batch([dropped]).references[0])
 
 
 def test_sizes_that_no_token_fits_are_refused(tiny_klein):

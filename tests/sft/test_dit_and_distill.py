@@ -64,7 +64,8 @@ def test_text_dropout_is_a_share_and_keeps_references(conditioner):
     dropped = gradients(conditioner.klein.transformer)
     calls = conditioner.text_calls
     empty = [Sample(s.trajectory_id, s.step, "", (), s.references, s.target) for s in SAMPLES]
-    conditioner._fitted.update({(*s.key, "", ()): "" for s in empty})
+    for s in empty:
+        conditioner._fitted.put((*s.key, "", ()), "", 0)
     backward_flow_matching(conditioner, empty, SEEDS, text_dropout=0.0)
     assert calls == conditioner.text_calls == 1
     for a, b in zip(dropped, gradients(conditioner.klein.transformer), strict=True):
