@@ -20,9 +20,9 @@ stage() { # stage NAME RECIPE [overrides]: runs it unless it is done, and notes 
   echo $((SECONDS - start)) >"$RUNS/.done/$name"
 }
 
-beside() { # beside NAME RECIPE [overrides]: the same in the background; what it prints goes to NAME.log
-  echo "== $1: beside the next stages, $RUNS/$1.log"
-  stage "$@" >"$RUNS/$1.log" 2>&1 &
+beside() { # beside NAME COMMAND: runs it in the background; what it prints goes to NAME.log
+  echo "== $1: beside the next stages, see $RUNS/$1.log"
+  "${@:2}" >"$RUNS/$1.log" 2>&1 &
   pids+=($!)
 }
 
@@ -43,21 +43,27 @@ pids=()
 set -m # background stages are groups of processes, so that they can be stopped whole
 trap stop_all EXIT
 
-stage data         make_shapes.py        experiment=shapes_data      run=$ROOT/data
-beside controller  train_vlm.py          experiment=shapes_train_vlm run=$ROOT/controller data.folder=$RUNS/data
-stage rl_data      make_shapes.py        experiment=shapes_rl_data   run=$ROOT/rl_data
-stage proxy        make_proxy_prompts.py experiment=shapes_proxy     data.folder=$RUNS/rl_data
-stage sft          train_dit.py          experiment=shapes_sft       run=$ROOT/sft  data.folder=$RUNS/data
+scores() { # of the models before PPRL
+  stage base_eval evaluate.py experiment=shapes_eval run=$ROOT/eval/base
+  stage sft_eval  evaluate.py experiment=shapes_eval run=$ROOT/eval/sft model.folder=$RUNS/sft/model
+}
+
+# Fewer steps than the experiments ask for (400 and 50), so that all of it fits in a quarter of an hour.
+stage data    make_shapes.py        experiment=shapes_data    run=$ROOT/data
+beside controller \
+  stage controller train_vlm.py     experiment=shapes_train_vlm run=$ROOT/controller data.folder=$RUNS/data
+stage rl_data make_shapes.py        experiment=shapes_rl_data run=$ROOT/rl_data
+stage proxy   make_proxy_prompts.py experiment=shapes_proxy   data.folder=$RUNS/rl_data
+stage sft     train_dit.py          experiment=shapes_sft     run=$ROOT/sft data.folder=$RUNS/data train.steps=300
 together
-beside base_eval   evaluate.py           experiment=shapes_eval      run=$ROOT/eval/base
-stage pprl         train_pprl.py         experiment=shapes_pprl      run=$ROOT/pprl data.folder=$RUNS/rl_data model.folder=$RUNS/sft/model
+beside scores scores
+stage pprl    train_pprl.py         experiment=shapes_pprl    run=$ROOT/pprl data.folder=$RUNS/rl_data model.folder=$RUNS/sft/model pprl.epochs=30
 together
-stage merge        merge_weights.py      experiment=shapes_merge     run=$ROOT/merge aligned=$RUNS/pprl/model
-beside sft_eval    evaluate.py           experiment=shapes_eval      run=$ROOT/eval/sft  model.folder=$RUNS/sft/model
-stage pprl_eval    evaluate.py           experiment=shapes_eval      run=$ROOT/eval/pprl model.folder=$RUNS/pprl/model
-together
-beside merged_eval evaluate.py           experiment=shapes_eval      run=$ROOT/eval/merged model.folder=$RUNS/merge/model steps=4 cfg=1
-stage loop_eval    evaluate.py           experiment=shapes_eval      run=$ROOT/eval/merged_closed_loop model.folder=$RUNS/merge/model \
+beside pprl_eval \
+  stage pprl_eval evaluate.py       experiment=shapes_eval    run=$ROOT/eval/pprl model.folder=$RUNS/pprl/model
+stage merge   merge_weights.py      experiment=shapes_merge   run=$ROOT/merge aligned=$RUNS/pprl/model
+stage merged_eval evaluate.py       experiment=shapes_eval    run=$ROOT/eval/merged model.folder=$RUNS/merge/model steps=4 cfg=1
+stage loop_eval   evaluate.py       experiment=shapes_eval    run=$ROOT/eval/merged_closed_loop model.folder=$RUNS/merge/model \
   steps=4 cfg=1 mode=closed_loop controller=$RUNS/controller/model
 together
 note_seconds
