@@ -27,7 +27,9 @@ REFERENCE_AREA_PX = 1024 * 1024
 PREPROCESSING_VERSION = 1
 _HEAD_BYTES = 65_536
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own, before ours
+# What Pillow raises on damaged bytes; the last five come of its readers of TIFF and AVIF, among others.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
+_UNREADABLE += (TypeError, IndexError, KeyError, OverflowError, RuntimeError)
 
 
 class ImageError(ValueError):
