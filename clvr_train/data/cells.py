@@ -34,6 +34,16 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise OSError(f"{path}: no parquet file, or cut short ({_reason(error)})") from error
 
 
+def kept_parquet(path: Path) -> pq.ParquetFile:
+    """The same, opened once by every thread: a footer may name thousands of row groups. Raises as `open_parquet`."""
+    return _kept.files.get(_version(path), partial(open_parquet, path))
+
+
+def _version(path: Path) -> tuple[Path, int, int]:
+    stat = os.stat(path)
+    return path, stat.st_mtime_ns, stat.st_size
+
+
 def read_cell(path: Path, group: int, row: int, column: str) -> object:
     """The value of `column` (`image.bytes` is a field of a struct) in a row of a row group, both from 0.
 
@@ -42,11 +52,9 @@ def read_cell(path: Path, group: int, row: int, column: str) -> object:
     Raises:
         OSError: if the file cannot be read there.
     """
-    stat = os.stat(path)
-    key = (path, stat.st_mtime_ns, stat.st_size)
+    key = (*_version(path), group, column)
     try:
-        file = _kept.files.get(key, partial(open_parquet, path))
-        return _kept.groups.get((*key, group, column), partial(_Group, file, group, column)).value(row)
+        return _kept.groups.get(key, partial(_Group, kept_parquet(path), group, column)).value(row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise OSError(f"row group {group + 1} cannot be read ({_reason(error)})") from error
 
@@ -82,7 +90,7 @@ class _Group:
         self._file, self._group, self._column = file, group, column
         layout = file.metadata.row_group(group)
         parts = [layout.column(n) for n in range(layout.num_columns)]
-        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column)
+        size = sum(part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(f"{column}."))
         self._rows = max(1, BLOCK_BYTES * layout.num_rows // max(1, size))
         self.restart()
 

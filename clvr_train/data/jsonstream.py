@@ -11,6 +11,7 @@ from clvr_train.data.records import FieldError
 MAX_RECORD_BYTES = 64 << 20
 _CHUNK = 1 << 20
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of other bytes
+_MARGIN = 16  # the longest token that is no string: this close to the end of a chunk nothing is certain
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TOO_LONG = FieldError("record", f"longer than {MAX_RECORD_BYTES} bytes", "too_long")
 
@@ -46,7 +47,8 @@ def parse_line(line: bytes) -> object:
     except UnicodeDecodeError as error:
         raise _no_line(error, "bad_utf8") from error
     except (ValueError, RecursionError) as error:
-        rule = "truncated_json" if _at_end(error, len(line.decode("utf-8-sig").rstrip())) else "bad_json"
+        text = line.decode("utf-8-sig").rstrip()
+        rule = "truncated_json" if text and _at_end(error, len(text)) else "bad_json"
         raise _no_line(error, rule) from error
 
 
@@ -102,15 +104,14 @@ class _Text:
                 value, end = json.JSONDecoder().raw_decode(self.text, start)
             except (ValueError, RecursionError) as caught:
                 error = caught
-            # A number could go on in the next chunk; an error may come of the cut alone.
-            if error is None and (end < len(self.text) or self.ended):
+            margin = 0 if self.ended else _MARGIN
+            if error is None and end + margin <= len(self.text):
                 self.at = end
                 if _NOT_UTF8.search(self.text, start, end):
                     value = FieldError("record", "not JSON in UTF-8", "bad_utf8")
                 return value, end - start
             size = len(self.text) - start
-            margin = 0 if self.ended else 16  # the longest token that is no string
-            cut = error is None or _at_end(error, max(1, len(self.text.rstrip()) - margin))
+            cut = error is None or _at_end(error, len(self.text.rstrip()) - margin)
             if self.ended or not cut:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else error  # places are those of a chunk
                 rule = "truncated_json" if cut else "bad_json"
@@ -127,9 +128,8 @@ class _Text:
 
 def _at_end(error: BaseException, end: int) -> bool:
     """Whether JSON only lacks its end."""
-    if not isinstance(error, json.JSONDecodeError) or end <= 0:
-        return False
-    return error.msg.startswith("Unterminated string") or error.pos >= end
+    unfinished = isinstance(error, json.JSONDecodeError)
+    return unfinished and (error.msg.startswith("Unterminated string") or error.pos >= end)
 
 
 def _no_line(error: BaseException, rule: str) -> FieldError:

@@ -6,8 +6,6 @@ read by opening the row group that it lies in.
 """
 
 import functools
-import os
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clvr_train.data.cells import kept_parquet, read_cell
 from clvr_train.data.paths import new_folder, path_inside
 from clvr_train.data.records import DataError, Entry, FieldError, to_record
 from clvr_train.data.sharegpt import check_new_id
@@ -46,9 +45,9 @@ class ParquetChunk:
         if self.error is not None:
             yield Entry(self.first, self.error, _no_images)
             return
-        row, columns = 0, [name for name in _open(self.file).schema_arrow.names if name in _COLUMNS]
+        row = 0
         try:
-            for batch in _rows(self.file, self.group, columns):
+            for batch in _rows(self.file, self.group):
                 number = self.first + row
                 yield Entry(number, _decoded(batch), functools.partial(_cell, self.file, self.group, row, number))
                 row += 1
@@ -66,7 +65,7 @@ def _decoded(batch: pa.RecordBatch) -> dict | FieldError:
 def parquet_chunks(file: Path) -> Iterator[ParquetChunk]:
     """The row groups of a parquet file; of the file itself only the footer is read."""
     try:
-        metadata = _open(file).metadata
+        metadata = kept_parquet(file).metadata
     except (pa.ArrowException, OSError) as error:
         yield ParquetChunk(file, file.stat().st_size, 0, 1, _unreadable(error))
         return
@@ -90,43 +89,24 @@ def _cell(file: Path, group: int, row: int, number: int, value: object, field: s
     if isinstance(content, bytes):
         name = f"{file}:{number}:{field}"
         index = int(field[len("images[") : -1]) - 1
-        return StoredImage(name, functools.partial(read_cell, file, group, row, index)), in_memory(name, content)
+        return StoredImage(name, functools.partial(read_image, file, group, row, index)), in_memory(name, content)
     if isinstance(value, (dict, str)):
         path = path_inside(value.get("path") if isinstance(value, dict) else value, field, file.parent)
         return path, path
     raise FieldError(field, "must be the bytes of an image", "wrong_type")
 
 
-def read_cell(file: Path, group: int, row: int, index: int) -> bytes:
-    """The bytes of image `index` (from 0) of a row of a row group.
-
-    Raises:
-        OSError: the file is gone, has changed or is damaged.
-    """
-    try:
-        for number, batch in enumerate(_rows(file, group, ["images"])):
-            if number == row:
-                value = batch.to_pylist()[0]["images"][index]
-                return value["bytes"] if isinstance(value, dict) else value
-    except pa.ArrowException as error:
-        raise OSError(str(error)) from error
-    raise OSError(f"row {row} of row group {group} is gone; the file was replaced while it was read")
+def read_image(file: Path, group: int, row: int, index: int) -> bytes:
+    """The bytes of image `index` of a row of a row group, all from 0. Raises `OSError` as `cells.read_cell`."""
+    value = read_cell(file, group, row, "images")[index]
+    return value["bytes"] if isinstance(value, dict) else value
 
 
-def _rows(file: Path, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _rows(file: Path, group: int) -> Iterator[pa.RecordBatch]:
     """The rows of a row group one at a time: one of a stranger may be larger than memory."""
-    return _open(file).iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
-
-
-def _open(file: Path) -> pq.ParquetFile:
-    stat = os.stat(file)
-    # Of a thread each: a reader has a position. After a fork too, since its reads name theirs.
-    return _opened(file, stat.st_mtime_ns, stat.st_size, threading.get_ident())
-
-
-@functools.lru_cache(maxsize=16)
-def _opened(file: Path, mtime_ns: int, size: int, thread: int) -> pq.ParquetFile:
-    return pq.ParquetFile(file, buffer_size=1 << 16, pre_buffer=False)
+    opened = kept_parquet(file)
+    columns = [name for name in opened.schema_arrow.names if name in _COLUMNS]
+    return opened.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
 
 
 # ---------------------------------------------------------------------------- writing

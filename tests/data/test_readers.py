@@ -162,6 +162,7 @@ def test_a_share_is_a_share(tmp_path: Path, share: float) -> None:
         Refusals(tmp_path, share)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.booleans(), max_size=40), st.floats(0.01, 0.99))
 def test_the_share_is_judged_at_the_end_of_few_records(good: list[bool], share: float) -> None:
     refusals, error = Refusals("data", share), DataError("f", 1, "id", "bad", "wrong_type")
