@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 @recipe("compare")
 def main(cfg: DictConfig) -> None:
     folder = Path("runs") / cfg.run
-    seeds = sorted(folder.glob("seed*"))
+    seeds = sorted(path for path in folder.glob("seed*") if path.is_dir())  # logs lie beside them
     systems: dict[str, list[list[dict]]] = {}
     for seed in seeds:
         for path in sorted(seed.glob("eval/*/outcomes.jsonl"), key=lambda path: path.stat().st_mtime):

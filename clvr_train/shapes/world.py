@@ -122,10 +122,11 @@ class Fit:
 def best_fit(goal: Goal, things: Sequence[Thing | SeenThing]) -> Fit:
     """Assign things to the goal's slots so that the most atoms hold.
 
-    Atoms: presence, and shape, colour and cell where the goal gives them, relations, negations, and (closed
-    goals) no extras. An atom counts the confidence of the things it is about; the score is the mean over
-    atoms. The atom of no extras counts only as far as something asked for is present, so that an empty
-    picture scores 0.
+    Atoms: presence, and shape, colour and cell where the goal gives them, relations and negations. An atom
+    counts the confidence of the things it is about; the score is the mean over atoms. In a closed goal every
+    thing too many adds the atoms of an average thing, none of which holds: like the intersection over the
+    union, the score then costs a thing too many about as much as one too few, so that drawing more than was
+    asked for, in the hope that some of it fits, does not pay.
     """
     slots = expand(goal)
     ranked = sorted(things, key=lambda thing: -getattr(thing, "confidence", 1.0))
@@ -151,14 +152,12 @@ def best_fit(goal: Goal, things: Sequence[Thing | SeenThing]) -> Fit:
             for b, second in enumerate(seen):
                 table[a, b] = holds(kind, first.cell, second.cell) * confidence[a] * confidence[b]
         total = total + table[ways[:, i], ways[:, j]]
-        atoms += 1
-    present = confidence[ways].sum(axis=1)
+    scores = total / (atoms + len(slots.relations))
     if goal.closed:
-        extras = sum(getattr(thing, "confidence", 1.0) for thing in things) - present
-        total = total + np.clip(1.0 - extras, 0.0, 1.0) * present / n
-        atoms += 1
-    best = int(np.argmax(total))
-    score = min(1.0, float(total[best]) / atoms)
+        extras = sum(getattr(thing, "confidence", 1.0) for thing in things) - confidence[ways].sum(axis=1)
+        scores = total / (atoms + len(slots.relations) + atoms / n * np.maximum(extras, 0.0))
+    best = int(np.argmax(scores))
+    score = min(1.0, float(scores[best]))
     chosen = tuple(order[t] if t < m else -1 for t in ways[best])
     return Fit(score, bool(score > 1.0 - 1e-9), chosen)
 

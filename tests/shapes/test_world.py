@@ -89,3 +89,13 @@ def test_canonical_form_closes_relations_and_drops_what_is_implied():
         (Spec(1, "circle"), Spec(1, "square"), Spec(1, "triangle")), ((0, "above", 1), (1, "above", 2))
     )
     assert canonical(chain) == canonical(replace(chain, relations=(*chain.relations, (0, "above", 2))))
+
+
+def test_drawing_more_than_was_asked_for_does_not_pay():
+    goal = parse_goal("a red circle and a blue square")
+    scene = (Thing("circle", "red", 0), Thing("square", "blue", 4))
+    scores = [match(goal, scene + tuple(Thing("triangle", "green", 5 + i) for i in range(k))) for k in range(4)]
+    assert scores == [pytest.approx(2 / (2 + k)) for k in range(4)], "every thing too many costs, as in an IoU"
+    assert match(goal, scene[:1]) == pytest.approx(1 / 2)
+    hedged = (scene[0], Thing("square", "green", 1), Thing("circle", "blue", 2))
+    assert match(goal, hedged) < match(goal, hedged[:2])
