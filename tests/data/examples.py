@@ -2,7 +2,9 @@
 
 import io
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clvr_train.data.images import open_image
+from clvr_train.data.records import Entry
 from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
 from clvr_train.data.stored import in_memory
 from clvr_train.method.trajectory import Step, Trajectory
@@ -52,6 +55,17 @@ def content(value: Trajectory) -> tuple:
 
 def image_bytes(value: Trajectory) -> list[bytes]:
     return [image.read_bytes() if isinstance(image, Path) else image.read() for image in value.images]
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A chunk of records that kills the process which opens it, as a lack of memory would."""
+
+    file: Path = Path("deadly.tar")
+    weight: int = 1
+
+    def entries(self) -> Iterator[Entry]:
+        os._exit(1)
 
 
 _MARKS = ("<image>", "<IMG_GEN_")

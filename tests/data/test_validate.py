@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from clvr_train.data.records import DataError
 from clvr_train.data.shards import write_shards
 from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
 from clvr_train.data.validate import RULES, check_strictly, validate
-from tests.data.examples import good_records, picture, trajectory, write_lines
+from tests.data.examples import Deadly, good_records, picture, trajectory, write_lines
 
 Change = Callable[[dict, Path], object]
 
@@ -226,6 +227,18 @@ def test_the_list_of_offenders_has_an_end(tmp_path: Path, monkeypatch: pytest.Mo
     write_lines(tmp_path, [b"{"] * 5)
     report = validate(tmp_path, 0)
     assert (report.refused, len(report.offenders)) == (5, 3)
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_trajectories(tmp_path, [trajectory()])
+    monkeypatch.setattr(validation, "chunks", lambda path: iter([Deadly()]))
+    with pytest.raises(ChildProcessError, match="deadly.tar: a worker was killed"):
+        validate(tmp_path, workers=1)
+
+
+def test_every_rule_is_documented() -> None:
+    text = Path(__file__).parents[2].joinpath("docs/data_format.md").read_text(encoding="utf-8")
+    assert set(RULES) <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

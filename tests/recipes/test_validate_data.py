@@ -1,0 +1,68 @@
+"""validate_data: status, report, one line at the end; and what a training does with the same bad records."""
+
+import json
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def damaged(world, tmp_path):
+    """Twenty-four records of the shapes world, of which the third and the fifth are bad."""
+    shutil.copytree(world / "runs" / "data", tmp_path / "data")
+    file = tmp_path / "data" / "trajectories.jsonl"
+    lines = file.read_text().splitlines()
+    lines[2] = lines[2].replace('"from": "gpt"', '"from": "oracle"', 1)
+    lines[4] = lines[4][:-30]
+    file.write_text("\n".join(lines) + "\n")
+    return tmp_path / "data"
+
+
+def test_the_shapes_world_passes(world, run_recipe, tmp_path):
+    report = tmp_path / "new" / "report.json"
+    result = run_recipe(world, "validate_data", "data=runs/data", f"report={report}")
+    assert json.loads(report.read_text()) == {"records": 24, "refused": 0, "by_rule": {}, "offenders": []}
+    assert "24 records, 0 refused" in result.stderr and "validate_data: 100%" in result.stderr
+
+
+def test_bad_records_are_counted_named_and_end_in_status_1(world, run_recipe, damaged):
+    report = damaged.parent / "report.json"
+    result = run_recipe(world, "validate_data", f"data={damaged}", f"report={report}", "workers=0", check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    lines = result.stderr.splitlines()
+    assert lines[-1] == f"error: {damaged}: 2 of 24 records refused; all in {report}"
+    assert [line.split()[:2] for line in lines if line.startswith(("unknown_role ", "truncated_json "))] == [
+        ["unknown_role", "1"], ["truncated_json", "1"]]  # fmt: skip
+    named = [line.strip() for line in lines if line.startswith(f"  {damaged}")]
+    file = damaged / "trajectories.jsonl"
+    assert named[0].startswith(f"{file}:3: conversations[2].from: ") and named[1].startswith(f"{file}:5: record: ")
+    found = json.loads(report.read_text())
+    assert set(found) == {"records", "refused", "by_rule", "offenders"}
+    assert (found["records"], found["refused"], found["by_rule"]) == (24, 2, {"unknown_role": 1, "truncated_json": 1})
+    assert [set(offender) for offender in found["offenders"]] == [{"file", "record", "field", "rule", "message"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data=nowhere"], "nowhere/trajectories.jsonl: no such file"),
+        (["data=runs/data", "workers=-1"], "workers=-1: "),
+        (["data=runs/data", "report=runs"], "report=runs: is a folder"),
+    ],
+)
+def test_what_cannot_be_validated(world, run_recipe, overrides, message):
+    result = run_recipe(world, "validate_data", *overrides, check=False)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_share_of_bad_records_may_be_left_out(world, run_recipe, damaged):
+    (damaged / "proxy_prompts.jsonl").unlink()
+    command = ["make_proxy_prompts", f"data.folder={damaged}"]
+    result = run_recipe(world, *command, check=False)
+    assert result.returncode == 1 and f"error: {damaged}/trajectories.jsonl:3: conversations[2].from: " in result.stderr
+    result = run_recipe(world, *command, "data.max_refused=0.05", check=False)
+    assert "2 of 24 records refused, more than max_refused=0.05 allows" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and not (damaged / "proxy_prompts.jsonl").exists()
+    result = run_recipe(world, *command, "data.max_refused=0.1")
+    assert f"refused: {damaged}/trajectories.jsonl:3: conversations[2].from: " in result.stderr
+    assert f"{damaged}: 2 of 24 records refused" in result.stderr and (damaged / "proxy_prompts.jsonl").exists()
