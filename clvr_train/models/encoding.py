@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,12 +57,15 @@ class Memory:
     def get(self, key: tuple) -> object | None:
         return self._values.get(key, (None, 0))[0]
 
-    def put(self, key: tuple, value: object, num_bytes: int) -> None:
+    def drop(self, key: tuple) -> None:
         self.used_bytes -= self._values.pop(key, (None, 0))[1]
+
+    def put(self, key: tuple, value: object, num_bytes: int) -> None:
+        self.drop(key)
         if num_bytes > self.limit_bytes:
             return
         while self.used_bytes + num_bytes > self.limit_bytes:
-            self.used_bytes -= self._values.pop(next(iter(self._values)))[1]
+            self.drop(next(iter(self._values)))
         self._values[key] = value, num_bytes
         self.used_bytes += num_bytes
 
@@ -142,7 +146,7 @@ class Encoder:
         pictures = sorted(self._not_kept(pictures), key=lambda picture: self.view(picture).size_px)
         self._check_disk(len(texts) if self._text_cache else 0, pictures if self._image_cache else [])
         in_memory = 0 if self._text_cache else self._text_bytes * len(texts)
-        in_memory += 0 if self._image_cache else sum(map(self._remembered_bytes, pictures))
+        in_memory += 0 if self._image_cache else sum(map(self._picture_bytes, pictures))
         if in_memory > self.memory.limit_bytes:
             logger.warning(
                 "what is not cached takes %s, memory holds %s: it is encoded anew whenever it is used",
@@ -226,7 +230,7 @@ class Encoder:
     def _known_picture(self, picture: Picture) -> Tensor | None:
         known = self.memory.get(self._key(picture))
         if known is not None or not self._image_cache:
-            return known and known[1]
+            return known and known[0]
         tokens = self._image_cache.get(self._image_description(picture, _held(picture.image)[0]))
         if tokens is not None:
             self._remember_picture(picture, tokens)
@@ -236,12 +240,11 @@ class Encoder:
         self.memory.put(("text", text), state, state.nbytes)
 
     def _remember_picture(self, picture: Picture, tokens: Tensor) -> None:
-        self.memory.put(self._key(picture), (picture.image, tokens), self._remembered_bytes(picture))
-
-    def _remembered_bytes(self, picture: Picture) -> int:
-        """A decoded image is held as well: it is known by its identity, which lasts as long as the object."""
-        pointer = isinstance(picture.image, (Path, StoredImage))
-        return self._picture_bytes(picture) + (0 if pointer else 3 * math.prod(picture.image.size))
+        """A decoded image is known by its identity, so that its tokens go when the object does."""
+        key, alive = self._key(picture), None
+        if not isinstance(picture.image, (Path, StoredImage)):
+            alive = weakref.ref(picture.image, lambda _: self.memory.drop(key))
+        self.memory.put(key, (tokens, alive), tokens.nbytes)
 
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         states = {}

@@ -1,6 +1,7 @@
 """Encoded once, the same bits alone or in company, from memory, from the cache or anew; any change is a miss."""
 
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import shutil
@@ -252,11 +253,21 @@ def test_memory_holds_bytes_and_forgets_the_oldest(tiny_klein, caplog):
     samples = [Sample(f"{n}", 1, f"a {n}", ("draw it",), (), noise(n)) for n in range(5)]
     small = Conditioner(tiny_klein(), SIZE, memory_gb=60e-6)
     small.prime(samples)
-    assert (small.text_calls, small.image_calls) == (0, 0) and "takes 258 kB, memory holds 60 kB" in caplog.text
+    assert (small.text_calls, small.image_calls) == (0, 0) and "takes 116 kB, memory holds 60 kB" in caplog.text
     five = [f"a {n}" for n in range(5)]
     for texts, encoded in (five[1:2], 1), (five[1:2], 1), (five, 5), (five, 7):  # three states are held
         assert small.text(texts).shape[0] == len(texts)
         assert small.text_calls == encoded and small.encoder.memory.used_bytes <= 60_000
+
+
+def test_tokens_of_a_decoded_image_go_when_it_does(tiny_klein):
+    encoder, image = Encoder(tiny_klein()), noise(0)
+    for _ in range(2):
+        encoder.pictures([Picture(image), Picture(image, (64, 64))])
+    assert encoder.image_calls == 2 and encoder.memory.used_bytes == (9 + 4) * 32 * 4
+    del image
+    gc.collect()
+    assert encoder.memory.used_bytes == 0
 
 
 def test_an_image_of_the_size_drawn_is_the_same_as_target_and_as_reference():
