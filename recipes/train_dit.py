@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from clvr_train.data.captions import fit_target
 from clvr_train.data.loader import Drawn, read_ahead
+from clvr_train.data.mixing import Mix, step_class, step_weights
 from clvr_train.data.order import Order
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.klein import save_klein
@@ -62,6 +63,18 @@ def read_batches(samples: Sequence[Sample], batches: Iterable[list[Drawn]], cfg:
         yield batch
 
 
+def sample_order(samples: Sequence[Sample], t2i_share: float | None, batch: int, seed: int) -> Order | Mix:
+    """The order of the samples: all once an epoch, or text to image and editing in set shares (CLVR A.6)."""
+    if t2i_share is None:
+        return Order(len(samples), batch, seed)
+    if not isinstance(samples, list):
+        raise ValueError(f"data.t2i_share={t2i_share}: a corpus of captions is all text to image")
+    members: dict[int, list[int]] = {}
+    for index, sample in enumerate(samples):
+        members.setdefault(step_class(sample), []).append(index)
+    return Mix(members, step_weights(members, t2i_share), batch, seed)
+
+
 @recipe("train_dit")
 def main(cfg: DictConfig) -> None:
     run = run_folder(cfg, may_change=MAY_CHANGE)
@@ -89,7 +102,7 @@ def main(cfg: DictConfig) -> None:
     saved = engine.resume(run / "checkpoints")
     if saved is not None:
         transformer.load_state_dict(saved[1])
-    order = Order(len(samples), cfg.train.batch, cfg.seed)
+    order = sample_order(samples, cfg.data.t2i_share, cfg.train.batch, cfg.seed)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
         batches = read_batches(samples, map(order.batch, range(engine.steps, cfg.train.steps)), cfg)
         for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
