@@ -24,7 +24,14 @@ from clvr_train.rewards.combine import simple_prompt, trajectory_reward
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.shapes.judge import ShapesJudge
-from recipes._build import build_conditioner, build_klein, is_finished, read_direct_samples, read_samples
+from recipes._build import (
+    build_conditioner,
+    build_klein,
+    is_finished,
+    read_direct_samples,
+    read_prompts,
+    read_samples,
+)
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -34,20 +41,29 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     """The contexts to draw from with the prompts of `reward`; contexts whose prompt the judge cannot read are left
     out.
     """
+    tasks = []
+    if cfg.data.folder is not None or cfg.data.prompts.folder is None:
+        tasks += _trajectory_tasks(cfg)
+    goals = []  # without a history: each is its own prompt
+    if cfg.data.direct:
+        goals += read_direct_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
+    if cfg.data.prompts.folder is not None:
+        goals += read_prompts(cfg.data.prompts, cfg.data.max_refused)
+    tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in goals]
+    readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
+    logger.info("%d steps with a prompt, %d that the judge can read", len(tasks), len(readable))
+    return readable
+
+
+def _trajectory_tasks(cfg: DictConfig) -> list[Task]:
     samples = read_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
+    if cfg.reward == "simple":
+        return [Task(sample, simple_prompt(sample)) for sample in samples]
     if cfg.reward == "proxy":
         prompts = read_proxy_prompts(cfg.data.folder, samples)
-        tasks = [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
-    elif cfg.reward == "simple":
-        tasks = [Task(sample, simple_prompt(sample)) for sample in samples]
-    else:
-        raise ValueError(f"reward={cfg.reward!r} is not one of proxy, simple")
-    if cfg.data.direct:  # a goal without a history is its own prompt
-        direct = read_direct_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
-        tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in direct]
-    readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
-    logger.info("%d steps, %d with a prompt, %d that the judge can read", len(samples), len(tasks), len(readable))
-    return readable
+        logger.info("%d of %d steps have a proxy prompt", len(prompts), len(samples))
+        return [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
+    raise ValueError(f"reward={cfg.reward!r} is not one of proxy, simple")
 
 
 @recipe("train_pprl")

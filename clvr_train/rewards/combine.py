@@ -4,7 +4,7 @@ from typing import Protocol
 
 from PIL.Image import Image
 
-from clvr_train.data.images import open_image
+from clvr_train.data.images import reference_image
 from clvr_train.method.score import Generation, ProxyPrompt, Score
 from clvr_train.method.trajectory import Sample
 
@@ -30,7 +30,7 @@ def trajectory_reward(
     score = judge.global_score(generation.image, prompt.p_t2i)
     if score.missing or prompt.p_i2i is None:
         return score
-    source = open_image(generation.sample.references[max(prompt.idx) - 1])
+    source = reference_image(generation.sample.references[max(prompt.idx) - 1])  # what the model looked at
     edit = judge.edit_score(source, generation.image, prompt.p_i2i)
     if edit.missing:
         return edit
