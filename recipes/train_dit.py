@@ -33,7 +33,7 @@ from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
 MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every")
-MAY_CHANGE += ("cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
+MAY_CHANGE += ("data.workers", "cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
 
 
 def read_data(data: DictConfig) -> Sequence[Sample]:
