@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: quickstart test check ablation clean
 
 quickstart: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
+	bash launch/quickstart.sh
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
@@ -21,7 +21,7 @@ check: $(READY)
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 ablation: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/ablation.sh
+	bash launch/ablation.sh
 
 # Installed again only when the requirements change, so later runs need no network.
 $(READY): setup.cfg pyproject.toml

@@ -2,6 +2,7 @@
 # Three seeds of base, SFT, SFT + simple RL, SFT + PPRL, the merge, and its closed loop. Run it again to go on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
 ROOT=ablation
 SEEDS=${SEEDS:-"0 1 2"}
 JOBS=${JOBS:-2}             # seeds side by side, a core each

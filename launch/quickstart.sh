@@ -2,7 +2,7 @@
 # The whole story on the shapes world, a recipe a line. Run it again to go on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[[ -d .venv ]] && export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # what does not wait for another stage runs beside it, a core each
 ROOT=quickstart
 RUNS=runs/$ROOT

@@ -89,17 +89,16 @@ def main(cfg: DictConfig) -> None:
         clip=cfg.pprl.clip,
     )
     saved = engine.resume(run / "checkpoints")
-    first = 0
     if saved is not None:
-        first, tensors = saved
-        load_policies(transformer, tensors)
+        load_policies(transformer, saved[1])
+    resume = saved[0] if saved else None
+    first = resume or 0
 
     def reward(generation, task):
         return trajectory_reward(
             judge, generation, task.prompt, weight_global=cfg.pprl.weight_global, weight_edit=cfg.pprl.weight_edit
         )
 
-    resume = first if saved else None
     with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, RolloutRecord(run, resume) as record:
         for epoch in tqdm(range(first, cfg.pprl.epochs), desc="train_pprl", initial=first, total=cfg.pprl.epochs):
             nfe_before = sampler.nfe

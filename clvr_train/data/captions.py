@@ -8,6 +8,7 @@ huggingface.co/datasets/ma-xu/fine-t2i.
 """
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -64,8 +65,9 @@ class Captions(Sequence[Sample]):
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self._sample(part, index - int(self._ends[part - 1] if part else 0))
 
+    @abstractmethod
     def _sample(self, part: int, number: int) -> Sample:
-        raise NotImplementedError
+        """The sample of a record of a part, both from 0."""
 
 
 class FluxReason(Captions):

@@ -89,7 +89,7 @@ def _open_file(image: Path | StoredImage, max_pixels: int) -> Image.Image:
     name = image_name(image)
     try:
         with Image.open(_encoded(image)) as opened:
-            _orientation(_checked(opened, name, max_pixels))
+            orientation(_checked(opened, name, max_pixels))
             opened.load()
             return _to_rgb(opened)
     except ImageError:
@@ -132,7 +132,7 @@ def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation that the header tells.
 
     Pillow would decode a whole PNG to look behind its pixels, and would then turn an image whose header tells nothing;
@@ -142,7 +142,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _turned_size(image: Image.Image) -> tuple[int, int]:
-    turned = _orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns TIFF by itself
+    turned = orientation(image) in (5, 6, 7, 8) and image.format != "TIFF"  # Pillow turns TIFF by itself
     return image.size if turned else image.size[::-1]
 
 

@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import Image
 
-from clvr_train.data.images import ImageError
+from clvr_train.data.images import ImageError, orientation
 from clvr_train.data.readers import check_pixels, chunks, find_files, open_entry
 from clvr_train.data.records import Chunk, DataError, FieldError
 from clvr_train.data.sharegpt import check_new_id
@@ -150,7 +150,7 @@ def check_strictly(image: Path | StoredImage) -> None:
     check_pixels(image)
     name, source = (image.name, io.BytesIO(image.read())) if isinstance(image, StoredImage) else (image, image)
     with Image.open(source) as opened:
-        turned = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
+        turned = orientation(opened)
         if turned != 1:
             message = f"{name}: EXIF orientation {turned}; turn the pixels and save it without"
             raise ImageError(message, "exif_rotation")

@@ -51,6 +51,7 @@ def story(tmp_path_factory, tiny_folder, distilled_folder):
             "model.folder=runs/s/merge/model", "steps=1", "controller.folder=runs/s/controller/model",
             *TINY)  # fmt: skip
         run("report", "run=s")
+        (folder / "runs" / "s" / "seed0.log").write_text("what launch/ablation.sh leaves beside the folders")
         run("compare", "run=s")
     return folder / "runs" / "s"
 
