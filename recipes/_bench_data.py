@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clvr_train.data.images import target_image
-from clvr_train.data.loader import read_ahead
+from clvr_train.data.loader import Mapped, read_ahead
 from clvr_train.data.order import Order
 from clvr_train.data.parquet import write_parquet
 from clvr_train.data.readers import read_trajectories
@@ -100,8 +100,8 @@ def _bare_s(files: Sequence[Path], size_px: int) -> float:
 
 
 def _through_loader(files: Sequence[Path], order: Order, steps: range, size_px: int, workers: int) -> None:
-    prepare = partial(target_image, size_px=(size_px, size_px))
-    for _ in read_ahead(files, (order.batch(step) for step in steps), prepare, workers=workers):
+    images = Mapped(files, partial(target_image, size_px=(size_px, size_px)))
+    for _ in read_ahead(images, (order.batch(step) for step in steps), workers=workers):
         pass
 
 
@@ -140,8 +140,8 @@ def resume_rows(files: Sequence[Path], cfg: DictConfig, seed: int) -> list[Row]:
 def _first_batch_s(files: Sequence[Path], done: int, cfg: DictConfig, seed: int) -> float:
     start = time.process_time()
     order = Order(CORPUS, cfg.batch, seed)
-    prepare = partial(_numbered, files=files, size_px=cfg.size_px)
-    next(read_ahead(range(CORPUS), (order.batch(step) for step in range(done // cfg.batch, CORPUS)), prepare))
+    images = Mapped(range(CORPUS), partial(_numbered, files=files, size_px=cfg.size_px))
+    next(read_ahead(images, (order.batch(step) for step in range(done // cfg.batch, CORPUS))))
     return time.process_time() - start
 
 

@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 import torch
@@ -12,13 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clvr_train.data.images import open_image
-from clvr_train.method.trajectory import Sample
-
 logger = logging.getLogger(__name__)
 
 _POOL_BLOCKS = 4  # of 16 MiB
 Drawn = tuple[int, int]  # (epoch, index), as `Order.batch` gives them
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -30,28 +27,36 @@ class _Unreadable(str):
     """Why a sample cannot be read. A text, for it comes from a worker process, which not every exception survives."""
 
 
-def open_images(sample: Sample) -> Sample:
-    """The sample with its images decoded."""
-    target = None if sample.target is None else open_image(sample.target)
-    return replace(sample, references=tuple(open_image(image) for image in sample.references), target=target)
+class Mapped(Sequence[T], Generic[S, T]):
+    """What `function` makes of every sample, when it is indexed: in a worker, if the samples are read ahead."""
+
+    def __init__(self, samples: Sequence[S], function: Callable[[S], T]) -> None:
+        self.samples, self.function = samples, function
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self.function(sample) for sample in self.samples[index]]
+        return self.function(self.samples[index])
 
 
 def read_ahead(
-    samples: Sequence[Sample],
-    batches: Iterable[list[Drawn]],
-    prepare: Callable[[Sample], T] = open_images,
-    *,
-    workers: int = 0,
-    max_refused: float = 0.0,
+    samples: Sequence[T], batches: Iterable[list[Drawn]], *, workers: int = 0, max_refused: float = 0.0
 ) -> Iterator[list[tuple[Drawn, T]]]:
-    """The batches with what `prepare` makes of every sample, e.g. of `(order.batch(step) for step in range(n, last))`,
-    which resumes at step n. The sequence is the same for any number of workers.
+    """The batches with their samples, e.g. of `(order.batch(step) for step in range(n, last))`, which resumes at step
+    n. The sequence is the same for any number of workers.
 
     A sample that cannot be read (`ValueError` or `OSError`) is left out of its batch, which may become empty, and
     logged.
 
     Args:
-        prepare: a function that worker processes can be given.
+        samples: what worker processes can be given; indexing it is the work.
         workers: processes that read ahead, two batches each; 0 reads when asked.
         max_refused: the share of the samples that may be left out.
 
@@ -59,7 +64,7 @@ def read_ahead(
         RefusedError: at the first sample beyond that share.
     """
     loader = DataLoader(
-        _Prepared(samples, prepare),
+        _Reading(samples),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
@@ -78,16 +83,16 @@ def read_ahead(
         yield [(drawn, made) for drawn, made in batch if not isinstance(made, _Unreadable)]
 
 
-class _Prepared(Dataset, Generic[T]):
-    def __init__(self, samples: Sequence[Sample], prepare: Callable[[Sample], T]) -> None:
-        self.samples, self.prepare = samples, prepare
+class _Reading(Dataset, Generic[T]):
+    def __init__(self, samples: Sequence[T]) -> None:
+        self.samples = samples
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, drawn: Drawn) -> tuple[Drawn, T | _Unreadable]:
         try:
-            return drawn, self.prepare(self.samples[drawn[1]])
+            return drawn, self.samples[drawn[1]]
         except (ValueError, OSError) as error:
             return drawn, _Unreadable(" ".join(str(error).split()))
 

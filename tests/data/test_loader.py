@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clvr_train.data.images import target_pixels
-from clvr_train.data.loader import RefusedError, open_images, read_ahead
+from clvr_train.data.loader import Mapped, RefusedError, read_ahead
 from clvr_train.data.order import Order
 from clvr_train.method.trajectory import Sample
 
@@ -28,8 +28,8 @@ def number_of(sample: Sample) -> int:
     return int(sample.trajectory_id[1:])
 
 
-def tail(samples, order, first, last, **options):
-    return list(read_ahead(samples, (order.batch(step) for step in range(first, last)), **options))
+def tail(samples, order, first, last, prepare, **options):
+    return list(read_ahead(Mapped(samples, prepare), (order.batch(step) for step in range(first, last)), **options))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -39,14 +39,10 @@ def test_any_number_of_workers_gives_the_sequence_and_resume_its_tail(tmp_path, 
         Image.new("RGB", (70 + number, 64), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
         samples.append(sample(number, tmp_path / f"{number}.png"))
     order = Order(10, 4, seed=0)
-    for prepare in (open_images, partial(target_pixels_of, size_px=(64, 64))):
-        read = tail(samples, order, 2, 8, prepare=prepare, workers=workers)
-        assert [[drawn for drawn, _ in batch] for batch in read] == [order.batch(step) for step in range(2, 8)]
-        for (_, index), made in (pair for batch in read for pair in batch):
-            if prepare is open_images:
-                assert made.target.size == (70 + index, 64) and made.key == samples[index].key
-            else:
-                assert made.shape == (3, 64, 64) and made.equal(target_pixels(samples[index].target, (64, 64)))
+    read = tail(samples, order, 2, 8, partial(target_pixels_of, size_px=(64, 64)), workers=workers)
+    assert [[drawn for drawn, _ in batch] for batch in read] == [order.batch(step) for step in range(2, 8)]
+    for (_, index), made in (pair for batch in read for pair in batch):
+        assert made.shape == (3, 64, 64) and made.equal(target_pixels(samples[index].target, (64, 64)))
 
 
 def target_pixels_of(sample: Sample, size_px):
@@ -61,10 +57,9 @@ def test_pixels_come_out_of_a_worker_as_they_went_in(workers):
         assert made.mode == pictures[index].mode and made.tobytes() == pictures[index].tobytes()
 
 
-def test_open_images_leaves_what_is_no_image():
-    image = Image.new("RGB", (64, 64))
-    opened = open_images(Sample("a", 2, "goal", ("r", "s"), (image,), None))
-    assert opened.target is None and opened.references[0].size == (64, 64) and opened.key == ("a", 2)
+def test_what_a_function_makes_is_a_sequence():
+    made = Mapped(range(5), str)
+    assert list(made) == ["0", "1", "2", "3", "4"] and len(made) == 5 and made[-1] == "4" and made[1:3] == ["1", "2"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -87,7 +82,7 @@ RANK = """
 import json, sys
 import torch
 import torch.distributed as dist
-from clvr_train.data.loader import read_ahead
+from clvr_train.data.loader import Mapped, read_ahead
 from clvr_train.data.order import Order
 
 rank, meeting = int(sys.argv[1]), sys.argv[2]
@@ -95,7 +90,7 @@ dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, worl
 order = Order(13, 6, seed=5)
 batches = (order.batch(step, rank, dist.get_world_size()) for step in range(3, 9))
 seen = []
-for batch in read_ahead([10 * index for index in range(13)], batches, prepare=int, workers=1):
+for batch in read_ahead(Mapped(range(13), (10).__mul__), batches, workers=1):
     mine = torch.tensor([[epoch, index, made] for (epoch, index), made in batch])
     parts = [torch.empty_like(mine) for _ in range(2)]
     dist.all_gather(parts, mine)
