@@ -18,9 +18,10 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from clvr_train.data.cells import open_parquet, read_cell
+from clvr_train.data.cells import Cells, open_parquet
 from clvr_train.data.images import target_image
 from clvr_train.data.jsonstream import parse_line
+from clvr_train.data.order import Blocks
 from clvr_train.data.records import DataError, FieldError
 from clvr_train.data.tar_index import Span, TarIndex, index_tar, read_head, read_span
 from clvr_train.method.trajectory import Sample, StoredImage
@@ -44,6 +45,11 @@ class Captions(Sequence[Sample]):
         self._num = records if limit is None else min(limit, records)
         if not self._num:
             raise ValueError(f"{files[0][1]}: no records in {len(files)} files like this one, limit={limit}")
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks by which an order should go through the samples; none where each is as near as any other."""
+        return Blocks()
 
     def __len__(self) -> int:
         return self._num
@@ -81,16 +87,20 @@ class FluxReason(Captions):
         caption: what follows `caption_` in the name of the column: detail, composition, entity, text, imaginative,
             style, abstract, original, or one of these with `_cn`.
         limit: use only the first so many.
+        window: how many row groups every thread keeps open (see `data.cells.Cells`): that of the order by `blocks`.
 
     Raises:
         FileNotFoundError: without any file.
         DataError: if a file is damaged or lacks a column.
-        ValueError: if no record is left.
+        ValueError: if no record is left, or window is below 1.
     """
 
-    def __init__(self, source: Path | Sequence[Path], caption: str = "detail", limit: int | None = None) -> None:
+    def __init__(
+        self, source: Path | Sequence[Path], caption: str = "detail", limit: int | None = None, window: int = 1
+    ) -> None:
         files = find_files(source, ".parquet")
         self.column = f"caption_{caption}"
+        self._cells = Cells(window)
         self.num_without_caption = 0
         # Of every row group: its file, its number in the file, the record before its first.
         self._groups: list[tuple[int, int, int]] = []
@@ -107,17 +117,23 @@ class FluxReason(Captions):
                 before += rows
         super().__init__(files, ends[1:], limit)
 
+    @property
+    def blocks(self) -> Blocks:
+        """The samples of every row group, up to `limit`: a row is read by way of those before it in its row group."""
+        sizes = np.diff(np.minimum(self._ends, len(self)), prepend=0)
+        return Blocks(sizes.tolist(), self._cells.window)
+
     def _sample(self, part: int, number: int) -> Sample:
         file, group, before = self._groups[part]
         row = int(self._kept[part][number]) if part in self._kept else number
         name, path = self.files[file]
         record = before + row + 1
         try:
-            goal = read_cell(path, group, row, self.column)
+            goal = self._cells.read(path, group, row, self.column)
         except OSError as error:
             raise DataError(path, record, self.column, str(error), "bad_container") from error
         check_caption(goal, path, record, self.column)
-        image = StoredImage(f"{path}:{record}:image", partial(_image_bytes, path, group, row))
+        image = StoredImage(f"{path}:{record}:image", partial(_image_bytes, self._cells, path, group, row))
         return Sample(f"{name}:{record}", 1, goal, (), (), image)
 
 
@@ -242,8 +258,8 @@ def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
         raise DataError(path, 1, "image", f"must be a struct with binary 'bytes', not {image}", "wrong_type")
 
 
-def _image_bytes(path: Path, group: int, row: int) -> bytes:
-    content = read_cell(path, group, row, IMAGE_BYTES)
+def _image_bytes(cells: Cells, path: Path, group: int, row: int) -> bytes:
+    content = cells.read(path, group, row, IMAGE_BYTES)
     if content is None:
         raise OSError("it is null")
     return content

@@ -11,11 +11,11 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Of a column, this much of a row group is held at a time, besides the page that it comes from (which in most files has
-# 1024 rows or less); reading goes through a buffer of the second size.
+# Of a column, this much of an open row group is held at a time, besides the page that it comes from (in most files of
+# 1024 rows or less, which may be all of the row group); reading goes through a buffer of the second size.
 BLOCK_BYTES = 4 * 2**20
 _BUFFER_BYTES = 2**20
-_OPEN = 4  # files, and columns of row groups
+_OPEN = 4  # files, and row groups where nobody asks for another number
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def kept_parquet(path: Path) -> pq.ParquetFile:
     """The same, opened once by every thread: a footer may name thousands of row groups. Raises as `open_parquet`."""
-    return _kept.files.get(_version(path), partial(open_parquet, path))
+    return _files.newest.get(_version(path), partial(open_parquet, path))
 
 
 def _version(path: Path) -> tuple[Path, int, int]:
@@ -44,19 +44,45 @@ def _version(path: Path) -> tuple[Path, int, int]:
     return path, stat.st_mtime_ns, stat.st_size
 
 
-def read_cell(path: Path, group: int, row: int, column: str) -> object:
-    """The value of `column` (`image.bytes` is a field of a struct) in a row of a row group, both from 0.
+class Cells(threading.local):
+    """Reads single cells. Every thread keeps the row groups open that it read last: a reader has a position.
 
-    Rows in rising order cost a block now and then; a row before the block that is held starts the row group anew.
+    Rows of an open row group in rising order cost a block now and then. A row before the block at hand, or of a row
+    group that is not open, starts the row group anew. What is open is not pickled.
+
+    Args:
+        window: how many row groups a thread keeps open; see `data.order.BlockPermutation`. Of every column that is
+            asked for, each holds `BLOCK_BYTES`, a page and a buffer.
 
     Raises:
-        OSError: if the file cannot be read there.
+        ValueError: window is below 1.
     """
-    key = (*_version(path), group, column)
-    try:
-        return _kept.groups.get(key, partial(_Group, kept_parquet(path), group, column)).value(row)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise OSError(f"row group {group + 1} cannot be read ({_reason(error)})") from error
+
+    def __init__(self, window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window={window}: must be at least 1")
+        self.window = window
+        self._groups = _Newest(window)
+
+    def __reduce__(self) -> tuple:
+        return Cells, (self.window,)
+
+    def read(self, path: Path, group: int, row: int, column: str) -> object:
+        """The value of `column` (`image.bytes` is a field of a struct) in a row of a row group, both from 0.
+
+        Raises:
+            OSError: if the file cannot be read there.
+        """
+        key = (*_version(path), group)
+        try:
+            return self._groups.get(key, partial(_Group, path, group)).value(row, column)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise OSError(f"row group {group + 1} cannot be read ({_reason(error)})") from error
+
+
+def read_cell(path: Path, group: int, row: int, column: str) -> object:
+    """`Cells.read` of the row groups that all who call this keep open together."""
+    return _cells.read(path, group, row, column)
 
 
 class _Newest:
@@ -67,23 +93,37 @@ class _Newest:
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         value = self._values.pop(key, None)
-        self._values[key] = value if value is not None else make()
-        if len(self._values) > self._limit:
-            self._values.popitem(last=False)
-        return self._values[key]
+        if value is None:
+            if len(self._values) == self._limit:
+                self._values.popitem(last=False)  # first, or one more would be held
+            value = make()
+        self._values[key] = value
+        return value
 
 
-class _Kept(threading.local):
-    """Of every thread its own: a reader has a position."""
-
+class _Files(threading.local):
     def __init__(self) -> None:
-        self.files, self.groups = _Newest(_OPEN), _Newest(_OPEN)
+        self.newest = _Newest(_OPEN)
 
 
-_kept = _Kept()
+_files = _Files()
+_cells = Cells(_OPEN)
 
 
 class _Group:
+    """A row group, of which every column that is asked for is read for itself."""
+
+    def __init__(self, path: Path, group: int) -> None:
+        self._file, self._group = kept_parquet(path), group
+        self._columns: dict[str, _Column] = {}
+
+    def value(self, row: int, column: str) -> object:
+        if column not in self._columns:
+            self._columns[column] = _Column(self._file, self._group, column)
+        return self._columns[column].value(row)
+
+
+class _Column:
     """A column of a row group, read forwards a block of rows at a time; the block at hand begins with row `first`."""
 
     def __init__(self, file: pq.ParquetFile, group: int, column: str) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from math import lcm
+from types import MappingProxyType
 
-from clvr_train.data.order import Permutation, positions
+from clvr_train.data.order import epochs, positions
 from clvr_train.method.trajectory import Sample
 
 TEXT_TO_IMAGE = 0
@@ -90,9 +90,13 @@ class Mix:
     Args:
         members: the indices of the samples of every class (a range will do).
         weights: see `Shares`; a class that has weight must have members.
+        blocks: of the classes whose members are read by block, the rows of every block, in the order of the members;
+            see `data.order.BlockPermutation`. The others are permuted freely.
+        window: how many blocks of a class are mixed with each other. Every class has a window of its own.
 
     Raises:
-        ValueError: see `Shares`; or a class of some weight without members.
+        ValueError: see `Shares`; a class of some weight without members; blocks of an unknown class, of another number
+            of samples, or a window of more of them than their reader keeps open.
     """
 
     def __init__(
@@ -101,14 +105,22 @@ class Mix:
         weights: Mapping[Hashable, float | Fraction],
         batch_size: int,
         seed: int,
+        *,
+        blocks: Mapping[Hashable, Sequence[int]] = MappingProxyType({}),
+        window: int = 1,
     ) -> None:
         self.shares = Shares(weights)
         for name in self.shares.shares:
             if not len(members.get(name, ())):
                 raise ValueError(f"weights: {name!r} has weight {float(weights[name])}, but no samples")
+        if unknown := blocks.keys() - members.keys():
+            raise ValueError(f"blocks: {min(map(repr, unknown))} is no class of the members")
         self.batch_size, self.seed = batch_size, seed
         self._members = {name: members[name] for name in self.shares.shares}
-        self._permutation = lru_cache(maxsize=2 * len(self._members))(self._epoch)
+        self._epochs = {
+            name: epochs(len(of_class), blocks.get(name, ()), window, "mix", seed, str(name))
+            for name, of_class in self._members.items()
+        }
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
         """The (epoch of the class, index) pairs of a rank at step `step`, counted from 0."""
@@ -119,10 +131,7 @@ class Mix:
         name, number = self.shares.at(position)
         members = self._members[name]
         epoch, offset = divmod(number, len(members))
-        return epoch, int(members[self._permutation(name, epoch)[offset]])
-
-    def _epoch(self, name: Hashable, epoch: int) -> Permutation:
-        return Permutation(len(self._members[name]), "mix", self.seed, str(name), epoch)
+        return epoch, int(members[self._epochs[name](epoch)[offset]])
 
 
 def _exact(weight: float | Fraction) -> Fraction:

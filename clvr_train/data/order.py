@@ -4,10 +4,9 @@ So ranks and workers see parts of one sequence, and to resume is to ask for a la
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from hashlib import blake2b
-from itertools import accumulate
+from hashlib import blake2b, shake_128
 from math import isqrt
 
 import numpy as np
@@ -60,24 +59,48 @@ class Permutation(Sequence[int]):
         return int.from_bytes(blake2b(b"%d/%d" % (number, value), digest_size=8, key=self._key).digest(), "little")
 
 
-class BlockPermutation(Sequence[int]):
-    """A permutation for files that are read by block (row groups of parquet, shards): blocks first, then rows.
+class Blocks(tuple[int, ...]):
+    """The rows of every block (row group of parquet, shard) in the order of their indices, and how many blocks whoever
+    reads them keeps open, `window`. Without blocks the order is free.
+    """
 
-    The blocks are permuted; each `window` of them that then stand together is permuted row by row. Whoever keeps
-    `window` blocks open reads every block once. O(blocks) memory and start, O(log blocks) an element.
+    window: int
+
+    def __new__(cls, sizes: Iterable[int] = (), window: int = 1) -> "Blocks":
+        blocks = super().__new__(cls, sizes)
+        blocks.window = window
+        return blocks
+
+
+class BlockPermutation(Sequence[int]):
+    """A permutation for files that are read forwards, block by block (row groups of parquet).
+
+    The blocks are permuted and dealt out into windows of up to `window` blocks, as even as can be. The blocks of a
+    window are merged: which block the next row is of is random, every interleaving equally likely, while the rows of a
+    block keep their order. So whoever keeps `window` blocks open reads every block once, forwards.
+
+    What it costs is O(blocks) time and memory at the start, O(rows of a window) when a window is first touched, and
+    O(log blocks) an element; the last two windows are kept.
 
     Args:
-        sizes: rows of every block, in the order of their indices.
+        sizes: rows of every block, in the order of their indices; blocks without rows take no part.
+        key: integers and texts that name the permutation.
+
+    Raises:
+        ValueError: window is below 1, a size below 0, or there are no rows.
     """
 
     def __init__(self, sizes: Sequence[int], window: int, *key: int | str) -> None:
-        if window < 1 or not len(sizes) or min(sizes) < 0:
-            raise ValueError(f"window={window}, {len(sizes)} blocks: both must be at least 1, and no size negative")
-        self._window, self._key = window, key
-        starts = np.fromiter(accumulate(sizes, initial=0), np.int64, len(sizes) + 1)
-        blocks = np.fromiter(Permutation(len(sizes), *key, "blocks"), np.int64, len(sizes))
-        self._starts = starts[blocks]  # of every permuted block: its first index
-        self._ends = np.cumsum(np.asarray(sizes, dtype=np.int64)[blocks])  # and where its rows end after permuting
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        if window < 1 or not self._sizes.sum() or self._sizes.min() < 0:
+            raise ValueError(f"window={window}, {len(sizes)} blocks: both must be at least 1, with rows, none negative")
+        self._key = key
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        blocks = np.flatnonzero(self._sizes)
+        blocks = blocks[_shuffled(len(blocks), *key, "blocks")]
+        self._windows = np.array_split(blocks, -(-len(blocks) // window))
+        self._ends = np.cumsum([self._sizes[blocks].sum() for blocks in self._windows])
+        self._merged = lru_cache(maxsize=2)(self._merge)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -85,15 +108,56 @@ class BlockPermutation(Sequence[int]):
     def __getitem__(self, position: int) -> int:
         if not 0 <= position < len(self):
             raise IndexError(f"position {position} of a permutation of {len(self)}")
-        first = int(np.searchsorted(self._ends, position, side="right")) // self._window * self._window
-        begin = self._begin(first)
-        end = int(self._ends[min(first + self._window, len(self._ends)) - 1])
-        row = begin + Permutation(end - begin, *self._key, "rows", first)[position - begin]
-        block = int(np.searchsorted(self._ends, row, side="right"))
-        return int(self._starts[block]) + row - self._begin(block)
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        begin = int(self._ends[number - 1]) if number else 0
+        return int(self._merged(number)[position - begin])
 
-    def _begin(self, block: int) -> int:
-        return int(self._ends[block - 1]) if block else 0
+    def _merge(self, number: int) -> np.ndarray:
+        """The indices of window `number` in the order in which they are read, (rows of the window,) int64."""
+        blocks = self._windows[number]
+        sizes, starts = self._sizes[blocks], self._starts[blocks]
+        of_block = np.repeat(np.arange(len(blocks)), sizes)[_shuffled(int(sizes.sum()), *self._key, "rows", number)]
+        indices = np.empty(len(of_block), dtype=np.int64)
+        # The places of a block's rows, in rising order, one block after the other: its rows go there in file order.
+        indices[np.argsort(of_block, kind="stable")] = np.concatenate(
+            [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        )
+        return indices
+
+
+def _shuffled(n: int, *key: int | str) -> np.ndarray:
+    """0 .. n-1 in a random order, written out: they are sorted by the bits that SHAKE128 (FIPS 202) makes of the key.
+
+    Hash and stable sort are defined to the bit, so it is the same with any version of numpy and on any machine.
+    """
+    bits = shake_128(json.dumps(key).encode()).digest(8 * n)
+    return np.argsort(np.frombuffer(bits, dtype="<u8"), kind="stable")
+
+
+def epochs(
+    num_samples: int, blocks: Sequence[int], window: int, *key: int | str
+) -> Callable[[int], Permutation | BlockPermutation]:
+    """The permutation of every epoch, asked for by its number: by block if there are blocks, else free.
+
+    Raises:
+        ValueError: see `Order`.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples}: must be at least 1")
+    if window < 1:
+        raise ValueError(f"window={window}: must be at least 1")
+    if len(blocks) and sum(blocks) != num_samples:
+        raise ValueError(f"num_samples={num_samples}, but the {len(blocks)} blocks hold {sum(blocks)}")
+    if len(blocks) and isinstance(blocks, Blocks) and blocks.window < window:
+        raise ValueError(f"window={window}, but the corpus keeps {blocks.window} blocks open: open it with this window")
+
+    @lru_cache(maxsize=2)
+    def permutation(epoch: int) -> Permutation | BlockPermutation:
+        if len(blocks):
+            return BlockPermutation(blocks, window, *key, epoch)
+        return Permutation(num_samples, *key, epoch)
+
+    return permutation
 
 
 def positions(step: int, batch_size: int, rank: int = 0, world: int = 1) -> range:
@@ -115,11 +179,13 @@ class Order:
 
     Args:
         batch_size: of the global batch, all ranks together.
-        blocks: sizes of the blocks in which the samples lie, if they are read by block; see `BlockPermutation`.
+        blocks: rows of the blocks in which the samples lie, if they are read by block, e.g. `FluxReason.blocks`; see
+            `BlockPermutation`.
         window: how many blocks are mixed with each other.
 
     Raises:
-        ValueError: without samples, or with blocks that hold another number of samples.
+        ValueError: without samples, with blocks that hold another number of samples, or with a window of more blocks
+            than their reader keeps open (`Blocks.window`).
     """
 
     def __init__(
@@ -127,11 +193,8 @@ class Order:
     ) -> None:
         if num_samples < 1 or batch_size < 1:
             raise ValueError(f"num_samples={num_samples}, batch_size={batch_size}: both must be at least 1")
-        if len(blocks) and sum(blocks) != num_samples:
-            raise ValueError(f"num_samples={num_samples}, but the {len(blocks)} blocks hold {sum(blocks)}")
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self._blocks, self._window = blocks, window
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
+        self._epoch = epochs(num_samples, blocks, window, "order", seed)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
         """The (epoch, index) pairs of a rank at step `step`, counted from 0; costs the same at any step."""
@@ -141,8 +204,3 @@ class Order:
         """(epoch, index) of a sample's position over all epochs."""
         epoch, offset = divmod(position, self.num_samples)
         return epoch, self._epoch(epoch)[offset]
-
-    def _permutation(self, epoch: int) -> Sequence[int]:
-        if len(self._blocks):
-            return BlockPermutation(self._blocks, self._window, "order", self.seed, epoch)
-        return Permutation(self.num_samples, "order", self.seed, epoch)
