@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clvr_train.data.mixing import Mix, Shares, step_class, step_weights
+from clvr_train.data.order import BlockPermutation, Blocks
 from clvr_train.method.trajectory import Sample
 
 WEIGHTS = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any).map(lambda w: dict(enumerate(w)))
@@ -91,6 +92,43 @@ def test_sources_in_their_shares_each_sample_once_an_epoch_of_its_source(sources
         assert [epoch for epoch, _ in of_source] == [number // size for number in range(len(of_source))]
         epochs = [of_source[i : i + size] for i in range(0, len(of_source), size)]
         assert all(len({index for _, index in epoch}) == len(epoch) for epoch in epochs)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.sampled_from([1, 2]),
+)
+def test_sources_that_are_read_by_block_beside_one_in_free_order(sizes, window, world):
+    """The order of every source is that of its blocks, and adding blocks to one leaves the others as they are."""
+    members, start = {"free": range(7)}, 7
+    for name, blocks in enumerate(sizes):
+        members[name] = range(start, start + sum(blocks))
+        start += sum(blocks)
+    weights = {name: len(indices) for name, indices in members.items()}
+    mix = Mix(members, weights, 4, 3, blocks=dict(enumerate(sizes)), window=window)
+    plain = Mix(members, weights, 4, 3)
+    steps = range(-(-2 * start // 4))
+    drawn = [pair for step in steps for rank in range(world) for pair in mix.batch(step, rank, world)]
+    of_plain = [pair for step in steps for pair in plain.batch(step)]
+    assert [pair for pair in drawn if pair[1] < 7] == [pair for pair in of_plain if pair[1] < 7]
+    for name, blocks in enumerate(sizes):
+        of_source = [pair for pair in drawn[: 2 * start] if pair[1] in members[name]]
+        expected = [BlockPermutation(blocks, window, "mix", 3, str(name), epoch) for epoch in range(2)]
+        assert of_source == [(e, members[name][n]) for e, permutation in enumerate(expected) for n in permutation]
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    members, weights = {"a": range(4), "b": range(4, 6)}, {"a": 1, "b": 1}
+    for blocks, window, message in (
+        ({"c": [6]}, 1, "blocks: 'c' is no class of the members"),
+        ({"a": [1, 2]}, 1, "num_samples=4, but the 2 blocks hold 3"),
+        ({"a": Blocks([1, 3], window=1)}, 2, "window=2, but the corpus keeps 1 blocks open"),
+        ({"a": [1, 3]}, 0, "window=0: must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            Mix(members, weights, 2, 0, blocks=blocks, window=window)
+    assert Mix(members, weights, 2, 0, blocks={"a": Blocks([1, 3], window=2), "b": ()}, window=2).batch(0)
 
 
 def test_sources_and_classes_multiply():

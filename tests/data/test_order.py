@@ -1,13 +1,16 @@
 """The order is a permutation an epoch, the same for any number of ranks, and as cheap at ten million as at ten."""
 
 from collections import Counter
+from itertools import combinations
+from math import factorial, prod
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clvr_train.data import order as order_module
-from clvr_train.data.order import BlockPermutation, Order, Permutation
+from clvr_train.data.order import BlockPermutation, Blocks, Order, Permutation
 
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(any)
 
@@ -42,22 +45,97 @@ def test_permutations_of_a_large_n_keep_no_order():
     assert len(set(fixed)) == 50
 
 
+def of_blocks(sizes, indices):
+    """The block of every index."""
+    return np.repeat(np.arange(len(sizes)), sizes)[list(indices)].tolist()
+
+
 @given(SIZES, st.integers(1, 4), st.integers(0, 3))
-def test_blocks_are_read_one_window_after_the_other(sizes, window, epoch):
-    permutation = BlockPermutation(sizes, window, "test", epoch)
-    indices = list(permutation)
+def test_blocks_are_read_forwards_one_window_after_the_other(sizes, window, epoch):
+    indices = list(BlockPermutation(sizes, window, "test", epoch))
     assert sorted(indices) == list(range(sum(sizes)))
-    of_block = [block for block, size in enumerate(sizes) for _ in range(size)]
-    visited = [of_block[index] for index in indices]
-    for block in set(visited):  # between its first and its last row no more than a window of blocks is open
-        first, last = visited.index(block), len(visited) - 1 - visited[::-1].index(block)
-        assert len(set(visited[first : last + 1])) <= window
+    visited = of_blocks(sizes, indices)
+    for block in set(visited):
+        rows = [index for index, other in zip(indices, visited, strict=True) if other == block]
+        assert rows == sorted(rows), "its rows keep their order"
+    blocks = list(dict.fromkeys(visited))  # by first appearance
+    parts = np.array_split(blocks, -(-len(blocks) // window))
+    for part in parts:  # a window is finished before the next begins
+        rows, visited = visited[: sum(sizes[b] for b in part)], visited[sum(sizes[b] for b in part) :]
+        assert set(rows) == set(part.tolist()) and len(part) <= window
+    assert not visited and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(SIZES, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_an_element_of_a_block_permutation_depends_on_its_position_alone(sizes, window, random):
+    indices = list(BlockPermutation(sizes, window, "test", 1))
+    asked = [random.randrange(len(indices)) for _ in range(20)]
+    again = BlockPermutation(tuple(sizes), window, "test", 1)
+    assert [again[position] for position in asked] == [indices[position] for position in asked]
+    for position in (-1, len(indices)):
+        with pytest.raises(IndexError):
+            again[position]
+
+
+def test_block_permutations_stay_what_they_were():
+    """Of a run that is resumed with another version of Python or numpy."""
+    assert list(BlockPermutation([3, 0, 4, 2, 5], 2, "order", 7, 0)) == [9, 10, 11, 0, 1, 12, 13, 2, 3, 7, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize("sizes", [[2, 2], [1, 3], [3, 1, 2]])
+def test_every_interleaving_of_a_window_comes_equally_often(sizes):
+    """Chi-square over all of them: 6, 4 and 60; a draw is a window of an epoch."""
+    draws = 6000
+    seen = Counter(
+        tuple(of_blocks(sizes, BlockPermutation(sizes, len(sizes), "test", epoch))) for epoch in range(draws)
+    )
+    kinds = factorial(sum(sizes)) // prod(map(factorial, sizes))
+    assert len(seen) == kinds
+    chi = sum((count - draws / kinds) ** 2 / (draws / kinds) for count in seen.values())
+    assert abs(chi - (kinds - 1)) < 4.5 * (2 * (kinds - 1)) ** 0.5
+
+
+def test_the_rows_of_a_block_are_spread_over_its_window():
+    size, window = 250, 8
+    places = {}
+    for epoch in (0, 1):
+        visited = np.array(of_blocks([size] * 24, BlockPermutation([size] * 24, window, "test", epoch)))
+        places[epoch] = visited
+        for part in visited.reshape(3, window * size):
+            for block in set(part.tolist()):
+                found = (np.flatnonzero(part == block) + 0.5) / len(part)
+                furthest = np.abs(found - (np.arange(size) + 0.5) / size).max()
+                assert furthest < 1.95 / size**0.5, "Kolmogorov and Smirnov against an even spread, p = 0.001"
+            neighbours = np.mean(part[1:] == part[:-1])
+            assert abs(neighbours - 1 / window) < 4.5 * (window * size * 8) ** -0.5, "as often as by chance"
+    assert abs(np.mean(places[0] == places[1]) - 1 / 24) < 0.05, "another epoch, another interleaving"
+
+
+def test_blocks_stand_anywhere_and_with_any_others():
+    """Of 16 blocks in windows of 4: each is in every window a quarter of the epochs, with any other a fifth of them."""
+    together, windows, draws = Counter(), Counter(), 600
+    for epoch in range(draws):
+        visited = of_blocks([2] * 16, BlockPermutation([2] * 16, 4, "test", epoch))
+        for number in range(4):
+            blocks = sorted(set(visited[8 * number : 8 * number + 8]))
+            together.update(combinations(blocks, 2))
+            windows.update((number, block) for block in blocks)
+    assert len(windows) == 64 and all(abs(n - draws / 4) < 4.5 * (draws * 3 / 16) ** 0.5 for n in windows.values())
+    assert len(together) == 120 and all(abs(n - draws / 5) < 4.5 * (draws * 4 / 25) ** 0.5 for n in together.values())
+
+
+def test_a_window_is_merged_once_when_it_is_first_touched():
+    permutation = BlockPermutation([1000] * 6000, 10, "order", 0, 0)
+    assert sorted(permutation[5_900_000 + n] for n in range(10_000)) != list(range(10_000))
+    assert permutation._merged.cache_info().misses == 1
+    assert [permutation[position] for position in (10_000, 9_999, 10_000, 9_998)] and len(permutation) == 6_000_000
+    assert permutation._merged.cache_info().misses == 3
 
 
 @given(st.integers(1, 40), st.integers(1, 3), st.sampled_from([1, 2, 8]), st.integers(0, 30), st.booleans())
 def test_ranks_together_see_the_sequence_of_one(num_samples, share, world, step, by_block):
     blocks = [num_samples // 3, num_samples - num_samples // 3] if by_block else ()
-    order = Order(num_samples, share * 8, seed=1, blocks=blocks)
+    order = Order(num_samples, share * 8, seed=1, blocks=blocks, window=2)
     together = [pair for rank in range(world) for pair in order.batch(step, rank, world)]
     assert together == order.batch(step)
     assert together == [order.at(position) for position in range(step * share * 8, (step + 1) * share * 8)]
@@ -103,6 +181,13 @@ def test_what_cannot_be_ordered_is_refused():
         Order(0, 1, seed=0)
     with pytest.raises(ValueError, match="hold 3"):
         Order(4, 1, seed=0, blocks=[1, 2])
+    with pytest.raises(ValueError, match="window=0: must be at least 1"):
+        Order(3, 1, seed=0, blocks=[1, 2], window=0)
+    for sizes, window in (([], 1), ([0, 0], 1), ([3, -1], 1), ([1], 0)):
+        with pytest.raises(ValueError, match=f"window={window}, {len(sizes)} blocks: "):
+            BlockPermutation(sizes, window)
+    with pytest.raises(ValueError, match="window=3, but the corpus keeps 2 blocks open"):
+        Order(3, 1, seed=0, blocks=Blocks([1, 2], window=2), window=3)
     with pytest.raises(ValueError, match="multiple of the ranks"):
         Order(4, 3, seed=0).batch(0, 0, 2)
     with pytest.raises(ValueError, match="at least 1 element"):
