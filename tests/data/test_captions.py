@@ -18,6 +18,7 @@ from PIL import Image
 from clvr_train.data.captions import FineT2I, FluxReason, fit_target
 from clvr_train.data.cells import read_cell
 from clvr_train.data.images import ImageError, image_size, open_image, target_image, target_pixels
+from clvr_train.data.order import Order
 from clvr_train.data.records import DataError
 from tests.data.corpora import (
     FLUX_REASON,
@@ -100,6 +101,21 @@ def test_a_limit_ends_a_corpus_earlier(flux_reason: Path, tmp_path: Path) -> Non
     for path in (write_tar(tmp_path / "b.tar", []), tar):
         with pytest.raises(ValueError, match=f"^{path}: no records in 1 files"):
             FineT2I(path, limit=0)
+
+
+def test_blocks_are_the_samples_of_every_row_group(flux_reason: Path, tmp_path: Path) -> None:
+    groups = [4, 4, 2, 4, 4, 2, 4, 2]  # of three files
+    assert FluxReason(flux_reason).blocks == tuple(groups) and FluxReason(flux_reason, window=3).blocks.window == 3
+    assert FluxReason(flux_reason, "text").blocks == (2, 3, 1, 3, 3, 1, 3, 1)
+    for limit, blocks in ((1, [1]), (7, [4, 3]), (10, [4, 4, 2]), (25, [*groups[:7], 1]), (90, groups)):
+        assert FluxReason(flux_reason, limit=limit).blocks == (*blocks, *[0] * (8 - len(blocks)))
+    for kind, seen in (("detail", range(26)), ("text", [row for row in range(26) if row % 3])):
+        corpus = FluxReason(flux_reason, kind, window=2)
+        order = Order(len(corpus), 1, 0, blocks=corpus.blocks, window=2)
+        goals = [corpus[order.at(position)[1]].goal for position in range(len(corpus))]
+        assert sorted(goals) == sorted(f"{kind} of picture {row}" for row in seen) != goals
+    tar = FineT2I(write_tar(tmp_path / "a.tar", fine_t2i_record("a", picture(0)) + fine_t2i_record("b", picture(1))))
+    assert tar.blocks == () and Order(2, 1, 0, blocks=tar.blocks, window=8).at(0) == Order(2, 1, 0).at(0)
 
 
 def test_targets_are_brought_to_the_size_that_is_drawn(flux_reason: Path) -> None:
