@@ -133,7 +133,7 @@ def compare(config: Any, declared: Any, path: str = "", keys: frozenset[str] | N
                 raise ConfigError(f"{inner}: a config cannot name code to run")
             if key not in declared:
                 raise _unknown(inner, keys)
-            compare(value, declared[key], inner, keys)
+            compare(value, declared[key] if declared[key] != [] else _entries(key, declared), inner, keys)
     elif isinstance(config, list) and (declared is None or isinstance(declared, list)):
         for number, value in enumerate(config):
             if isinstance(value, dict):  # the entries of a list are declared together
@@ -148,6 +148,14 @@ def compare(config: Any, declared: Any, path: str = "", keys: frozenset[str] | N
         raise ConfigError(f"{path}: expected {_kind(declared)}, got {config!r}")
     elif _is_count(path) and not (config in (None, "???") or "${" in str(config) or _is_whole(config)):
         raise ConfigError(f"{path}={config!r}: a whole number of at least 1 is needed")
+
+
+def _entries(key: str, declared: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the entries of an empty list may hold, if they are mappings: the keys that stand above the list. An entry
+    sets them for itself.
+    """
+    names = list(declared)
+    return [{name: declared[name] for name in names[: names.index(key)]}]
 
 
 def all_keys(node: Any, path: str = "") -> frozenset[str]:

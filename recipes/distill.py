@@ -12,7 +12,8 @@ from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.distill import backward_distillation
-from recipes._build import build_conditioner, build_klein, caption_samples, is_finished
+from recipes._build import build_conditioner, build_klein, is_finished
+from recipes._data import caption_samples
 from recipes._recipe import recipe, run_folder
 
 

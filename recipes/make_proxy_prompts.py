@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from clvr_train.proxy.prompts import write_proxy_prompts
 from clvr_train.shapes.teacher import ShapesTeacher
-from recipes._build import read_samples
+from recipes._data import read_samples
 from recipes._recipe import recipe
 
 logger = logging.getLogger(__name__)

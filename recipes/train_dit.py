@@ -5,74 +5,23 @@ same command again.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
 from functools import partial
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.captions import fit_target
-from clvr_train.data.loader import Drawn, read_ahead
-from clvr_train.data.mixing import Mix, step_class, step_weights
-from clvr_train.data.order import Order
-from clvr_train.method.trajectory import Sample
+from clvr_train.data.buckets import sizes_of_area
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._build import (
-    build_conditioner,
-    build_klein,
-    caption_samples,
-    is_finished,
-    read_corpus,
-    read_direct_samples,
-    read_samples,
-)
+from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
+from recipes._data import full_batches, read_batches, read_sources, sample_order
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
-MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every")
-MAY_CHANGE += ("data.workers", "cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
-
-
-def read_data(data: DictConfig) -> Sequence[Sample]:
-    """The samples of the `data` keys: a list, or a corpus that is read when it is indexed."""
-    if data.captions:
-        return caption_samples(data.captions, data.seed, data.kinds)
-    if data.format != "trajectories":
-        if data.direct:
-            raise ValueError(f"data.direct=true: captions (data.format={data.format}) have no trajectories")
-        return read_corpus(data)
-    samples = read_samples(data.folder, data.limit, data.max_refused)
-    if data.direct:
-        samples += read_direct_samples(data.folder, data.limit, data.max_refused)
-    return samples
-
-
-def read_batches(samples: Sequence[Sample], batches: Iterable[list[Drawn]], cfg: DictConfig) -> Iterator[list]:
-    """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out."""
-    if isinstance(samples, list):
-        yield from ([(drawn, samples[drawn[1]]) for drawn in batch] for batch in batches)
-        return
-    fit = partial(fit_target, size_px=tuple(cfg.model.size_px))
-    read = read_ahead(samples, batches, fit, workers=cfg.data.workers, max_refused=cfg.data.max_refused)
-    for batch in read:
-        if not batch:
-            raise ValueError("every sample of a batch was refused: see the warnings above")
-        yield batch
-
-
-def sample_order(samples: Sequence[Sample], t2i_share: float | None, batch: int, seed: int) -> Order | Mix:
-    """The order of the samples: all once an epoch, or text to image and editing in set shares (CLVR A.6)."""
-    if t2i_share is None:
-        return Order(len(samples), batch, seed)
-    if not isinstance(samples, list):
-        raise ValueError(f"data.t2i_share={t2i_share}: a corpus of captions is all text to image")
-    members: dict[int, list[int]] = {}
-    for index, sample in enumerate(samples):
-        members.setdefault(step_class(sample), []).append(index)
-    return Mix(members, step_weights(members, t2i_share), batch, seed)
+MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every", "data.workers", *CACHE_KEYS)
 
 
 @recipe("train_dit")
@@ -81,13 +30,15 @@ def main(cfg: DictConfig) -> None:
     if is_finished(run):
         return
     klein = build_klein(cfg.model, expect="base")
-    samples = read_data(cfg.data)
-    conditioner = build_conditioner(klein, cfg.model, cfg.cache)
-    if isinstance(samples, list):
-        conditioner.prime(samples, progress=partial(tqdm, desc="encode"))
+    sources = read_sources(cfg.data)
+    size_px = tuple(cfg.model.size_px)
+    sizes = sizes_of_area(round(math.sqrt(math.prod(size_px))), klein.token_px) if cfg.data.aspects else ()
+    conditioner = build_conditioner(klein, cfg.model, cfg.cache, sizes)
+    in_lists = [sample for samples, _ in sources if isinstance(samples, list) for sample in samples]
+    conditioner.prime(in_lists, progress=partial(tqdm, desc="encode"))
     logger.info(
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
-        len(samples), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
+        sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
     )  # fmt: skip
     transformer = klein.transformer.requires_grad_(True).train()
     engine = Engine(
@@ -102,9 +53,12 @@ def main(cfg: DictConfig) -> None:
     saved = engine.resume(run / "checkpoints")
     if saved is not None:
         transformer.load_state_dict(saved[1])
-    order = sample_order(samples, cfg.data.t2i_share, cfg.train.batch, cfg.seed)
+    draw = sample_order(sources, cfg.data, cfg.train.batch, cfg.seed).batch
+    if cfg.train.full_batches:
+        draw = full_batches(sources[0][0] if len(sources) == 1 else (), conditioner, cfg)
     with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
-        batches = read_batches(samples, map(order.batch, range(engine.steps, cfg.train.steps)), cfg)
+        drawn = map(draw, range(engine.steps, cfg.train.steps))
+        batches = read_batches(sources, drawn, sizes or (size_px,), cfg.data)
         for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
             out = backward_flow_matching(
                 conditioner,

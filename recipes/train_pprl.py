@@ -24,14 +24,8 @@ from clvr_train.rewards.combine import simple_prompt, trajectory_reward
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.shapes.judge import ShapesJudge
-from recipes._build import (
-    build_conditioner,
-    build_klein,
-    is_finished,
-    read_direct_samples,
-    read_prompts,
-    read_samples,
-)
+from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
+from recipes._data import read_direct_samples, read_prompts, read_samples
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -68,7 +62,7 @@ def _trajectory_tasks(cfg: DictConfig) -> list[Task]:
 
 @recipe("train_pprl")
 def main(cfg: DictConfig) -> None:
-    run = run_folder(cfg)
+    run = run_folder(cfg, may_change=("pprl.save_every", "pprl.grid_every", *CACHE_KEYS))
     if is_finished(run):
         return
     judge = ShapesJudge()
@@ -76,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     klein = build_klein(cfg.model, expect="base")
     transformer = klein.transformer
     add_policies(transformer, rank=cfg.lora.rank, alpha=cfg.lora.alpha, seed=cfg.seed)
-    conditioner = build_conditioner(klein, cfg.model)
+    conditioner = build_conditioner(klein, cfg.model, cfg.cache)
     sampler = Sampler(conditioner, steps=cfg.rollout.steps, cfg=cfg.rollout.cfg, batch=cfg.rollout.batch)
     options = NFTOptions(cfg.pprl.beta_nft, cfg.pprl.beta_kl, cfg.pprl.adv_clip_max, cfg.pprl.weighting)
     engine = Engine(

@@ -12,8 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.readers import find_files
-from clvr_train.data.validate import RULES, Report, validate
+from clvr_train.data.validate import RULES, Report, data_files, validate
 from clvr_train.runtime.files import write_atomic
 from recipes._recipe import recipe
 
@@ -23,6 +22,8 @@ logger = logging.getLogger(__name__)
 def table(report: Report, show: int) -> str:
     """Counts by rule, and the first `show` offenders."""
     lines = [f"{report.records} records, {report.refused} refused"]
+    if report.left_out:
+        lines[0] += f"; {report.left_out} more have no such caption and are left out"
     if report.refused:
         width = max(map(len, report.by_rule))
         lines += ["", f"{'rule':{width}}  records  what the rule asks for"]
@@ -41,14 +42,14 @@ def main(cfg: DictConfig) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():
             raise IsADirectoryError(f"report={file}: is a folder; name a file")
-    total = sum(path.stat().st_size for path in find_files(data))
+    total = sum(path.stat().st_size for path in data_files(data, cfg.format))
     with tqdm(total=total, unit="B", unit_scale=True, desc="validate_data") as bar:
 
         def advance(weight: int, report: Report) -> None:
             bar.update(weight)
             bar.set_postfix(records=report.records, refused=report.refused)
 
-        report = validate(data, workers, advance)
+        report = validate(data, workers, advance, cfg.format, cfg.caption)
     logger.info("%s", table(report, cfg.show))
     if file:
         write_atomic(file, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")

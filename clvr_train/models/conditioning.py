@@ -1,11 +1,13 @@
 """From samples to what the transformer is conditioned on: text states, reference tokens, position ids."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from clvr_train.data.buckets import Size, nearest_bucket
 from clvr_train.data.cache import TensorCache
 from clvr_train.method.trajectory import Sample
 from clvr_train.method.truncation import fit_trace
@@ -50,6 +52,7 @@ class Conditioner:
 
     Args:
         size_px: (height, width) of the images that are drawn.
+        target_sizes: sizes of which a target image is brought to the nearest (`data.buckets.nearest_bucket`) instead.
         cache, cache_texts, memory_gb: see `models.encoding.Encoder`.
 
     Counters: `text_calls`, `image_calls` (things encoded, not batches), `texts_cut` and `tokens_cut` (overflow).
@@ -58,17 +61,18 @@ class Conditioner:
     def __init__(
         self,
         klein: Klein,
-        size_px: tuple[int, int],
+        size_px: Size,
         *,
+        target_sizes: Sequence[Size] = (),
         cache: TensorCache | None = None,
         cache_texts: bool = False,
         memory_gb: float = 8.0,
     ) -> None:
-        if any(side % klein.token_px for side in size_px):
-            raise ValueError(f"size {size_px} px: both sides must be multiples of {klein.token_px}")
+        for size in (size_px, *target_sizes):
+            if any(side % klein.token_px for side in size):
+                raise ValueError(f"size {size} px: both sides must be multiples of {klein.token_px}")
         self.klein = klein
-        self.size_px = size_px
-        self.grid = klein.grid(size_px)
+        self.size_px, self.target_sizes = size_px, target_sizes
         self.encoder = Encoder(klein, cache=cache, cache_texts=cache_texts, memory_gb=memory_gb)
         self.texts_cut = self.tokens_cut = 0
         self._fitted = Memory(FITTED_BYTES)
@@ -101,24 +105,38 @@ class Conditioner:
     def prime(self, samples: Sequence[Sample], progress: Callable[[list], Iterable] = iter) -> None:
         """Encodes the texts and images of samples ahead; see `models.encoding.Encoder.prime`."""
         pictures = [Picture(image) for sample in samples for image in sample.references]
-        pictures += [Picture(sample.target, self.size_px) for sample in samples if sample.target is not None]
+        pictures += [self._target(sample) for sample in samples if sample.target is not None]
         self.encoder.prime(["", *map(self.fitted_text, samples)], pictures, progress)
 
     def target(self, sample: Sample) -> Tensor:
         """Tokens (N, C) of the sample's target image."""
         if sample.target is None:
             raise ValueError(f"sample {sample.key}: has no target image")
-        return self.encoder.pictures([Picture(sample.target, self.size_px)])[0].to(self.klein.device)
+        return self.encoder.pictures([self._target(sample)])[0].to(self.klein.device)
 
-    def bucket(self, sample: Sample) -> tuple:
-        """Samples with the same bucket can share a forward: the same grids of references, in order."""
-        return tuple(self.klein.grid(self.encoder.view(Picture(image)).size_px) for image in sample.references)
+    def _target(self, sample: Sample) -> Picture:
+        size_px = self.size_px
+        if self.target_sizes and sample.target is not None:
+            size_px = nearest_bucket(self.encoder.given_size(sample.target), self.target_sizes)
+        return Picture(sample.target, size_px)
+
+    def grid(self, sample: Sample) -> tuple[int, int]:
+        """Rows and columns of tokens of the image that is drawn for a sample."""
+        return self.klein.grid(self._target(sample).target_px)
+
+    def bucket(self, sample: Sample) -> tuple[tuple[int, int], ...]:
+        """Samples with the same bucket can share a forward: the same grids of the target and of the references, in
+        order.
+        """
+        references = (self.encoder.view(Picture(image)).size_px for image in sample.references)
+        return self.grid(sample), *map(self.klein.grid, references)
 
     def batch(self, samples: Sequence[Sample], drop_text: Sequence[bool] | None = None) -> Conditioning:
         """Conditions of samples of one bucket. Where `drop_text` holds, the text is empty; references stay."""
-        grids = {self.bucket(sample) for sample in samples}
-        if len(grids) != 1:
-            raise ValueError(f"samples of {len(grids)} buckets in one batch")
+        buckets = {self.bucket(sample) for sample in samples}
+        if len(buckets) != 1:
+            raise ValueError(f"samples of {len(buckets)} buckets in one batch")
+        grid, *grids = buckets.pop()
         drop_text = drop_text or [False] * len(samples)
         texts = ["" if drop else self.fitted_text(s) for s, drop in zip(samples, drop_text, strict=True)]
         device = self.klein.device
@@ -126,9 +144,8 @@ class Conditioner:
         if samples[0].references:
             tokens = self.encoder.pictures([Picture(image) for sample in samples for image in sample.references])
             references = torch.cat(tokens).unflatten(0, (len(samples), -1)).to(device)
-        ids = image_ids(self.grid, grids.pop()).to(device)
-        num_target = self.grid[0] * self.grid[1]
-        return Conditioning(self.text(texts), references, ids, text_ids(self.klein.window).to(device), num_target)
+        ids = image_ids(grid, grids).to(device)
+        return Conditioning(self.text(texts), references, ids, text_ids(self.klein.window).to(device), math.prod(grid))
 
     def without_text(self, cond: Conditioning) -> Conditioning:
         """The unconditional branch of guidance: the empty prompt, references kept (as upstream)."""

@@ -127,7 +127,7 @@ class Encoder:
 
     def view(self, picture: Picture) -> View:
         """How the picture is preprocessed, from the header of its file."""
-        given = self._size_px(picture.image)
+        given = self.given_size(picture.image)
         size_px = picture.target_px or reference_size(given, self.klein.token_px)
         return View("whole" if size_px == given else "target" if picture.target_px else "reference", size_px)
 
@@ -184,7 +184,8 @@ class Encoder:
         num_tokens = math.prod(self.klein.grid(self.view(picture).size_px))
         return num_tokens * self.klein.transformer.config.in_channels * self.klein.vae.dtype.itemsize
 
-    def _size_px(self, image: ImageLike) -> tuple[int, int]:
+    def given_size(self, image: ImageLike) -> tuple[int, int]:
+        """(height, width) in px of an image, from the header of its file, which is read once."""
         if not isinstance(image, (Path, StoredImage)):
             return image_size(image)
         key = "size", _identity(image)

@@ -71,7 +71,7 @@ class Sampler:
 
     def decode(self, x0: Tensor) -> list[Image.Image]:
         """Images of tokens (B, N, C)."""
-        grid = self.conditioner.grid
+        grid = self.conditioner.klein.grid(self.conditioner.size_px)
         return [
             to_image(pixels)
             for chunk in x0.split(self.batch)

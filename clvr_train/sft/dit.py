@@ -1,5 +1,6 @@
 """Full-parameter SFT of the diffusion transformer on truncated trajectories: the loss of a batch (CLVR 3.2, A.6)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,9 +44,11 @@ def backward_flow_matching(
     transformer = conditioner.klein.transformer
     device = conditioner.klein.device
     total, per_reference_count = 0.0, {}
-    for indices in by_bucket(conditioner, samples, micro_batch):
+    micro_batches = by_bucket(conditioner, samples, micro_batch)
+    for indices in micro_batches:
         chosen = [samples[i] for i in indices]
-        draws = [_draw(conditioner, seeds[i], shift, fixed_mu, text_dropout) for i in indices]
+        num_tokens = math.prod(conditioner.grid(chosen[0]))
+        draws = [_draw(conditioner, seeds[i], num_tokens, shift, fixed_mu, text_dropout) for i in indices]
         t = torch.cat([d[0] for d in draws]).to(device)
         e = torch.stack([d[1] for d in draws]).to(device)
         x0 = torch.stack([conditioner.target(sample) for sample in chosen])
@@ -57,13 +60,15 @@ def backward_flow_matching(
         count = f"loss_{min(len(chosen[0].references), 3)}_references"
         per_reference_count.setdefault(count, []).extend(losses.detach().tolist())
     metrics = {name: sum(values) / len(values) for name, values in per_reference_count.items()}
+    metrics["short_share"] = sum(len(indices) < micro_batch for indices in micro_batches) / len(micro_batches)
     return LossOutputs(total / len(samples), metrics)
 
 
-def _draw(conditioner: Conditioner, seed: tuple, shift: str, fixed_mu: float, text_dropout: float) -> tuple:
-    """Time (1,), noise (N, C) and whether the text is dropped, for one sample."""
+def _draw(
+    conditioner: Conditioner, seed: tuple, num_tokens: int, shift: str, fixed_mu: float, text_dropout: float
+) -> tuple:
+    """Time (1,), noise (N, C) and whether the text is dropped, for one sample of N tokens."""
     source = generator("sft", *seed)
-    rows, columns = conditioner.grid
-    t = sample_times(1, rows * columns, shift, source, fixed_mu)
-    noise = torch.randn(rows * columns, conditioner.klein.transformer.config.in_channels, generator=source)
+    t = sample_times(1, num_tokens, shift, source, fixed_mu)
+    noise = torch.randn(num_tokens, conditioner.klein.transformer.config.in_channels, generator=source)
     return t, noise, torch.rand(1, generator=source).item() < text_dropout

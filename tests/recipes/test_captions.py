@@ -10,11 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from clvr_train.data.loader import RefusedError
-from clvr_train.data.order import Order
 from clvr_train.shapes.base import captions
 from clvr_train.shapes.judge import ShapesJudge
 from clvr_train.shapes.render import render
-from recipes.train_dit import read_batches, read_data
+from recipes._data import read_batches, read_sources, sample_order
 from recipes.train_pprl import build_tasks
 from tests.data.corpora import fine_t2i_record, flux_reason_rows, picture, write_flux_reason, write_tar
 from tests.recipes.conftest import ROOT
@@ -56,9 +55,9 @@ def keys(folder: Path, form: str, **changed: object) -> list[str]:
 
 
 def batches(cfg: DictConfig, steps: range, batch: int = 3) -> list[list]:
-    samples = read_data(cfg.data)
-    order = Order(len(samples), batch, seed=0)
-    return list(read_batches(samples, map(order.batch, steps), cfg))
+    sources = read_sources(cfg.data)
+    order = sample_order(sources, cfg.data, batch, seed=0)
+    return list(read_batches(sources, map(order.batch, steps), [tuple(cfg.model.size_px)], cfg.data))
 
 
 @pytest.mark.parametrize("form", ["flux_reason", "fine_t2i"])
@@ -91,7 +90,7 @@ def test_what_does_not_go_together_is_refused(corpora: Path) -> None:
         (keys(None, "fine_t2i"), "data.folder: a folder or file of captions is needed"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_data(config("train_dit", *overrides).data)
+            read_sources(config("train_dit", *overrides).data)
 
 
 def test_captions_are_prompts_for_rl(corpora: Path) -> None:

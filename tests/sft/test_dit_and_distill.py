@@ -46,7 +46,8 @@ def test_loss_is_the_mean_over_samples_of_the_definition(conditioner):
             v = predict_velocity(transformer, interpolate(x0, e, t), t, conditioner.batch([sample]))
         expected += flow_matching_loss(v, x0, e).item() / 3
     assert out.loss == pytest.approx(expected, rel=1e-5)
-    assert set(out.metrics) == {"loss_0_references", "loss_1_references"}
+    assert out.metrics.keys() == {"loss_0_references", "loss_1_references", "short_share"}
+    assert out.metrics["short_share"] == 1.0, "micro-batches of 2 and 1, where 32 would fit"
 
 
 def test_gradients_do_not_depend_on_the_order_or_the_micro_batch(conditioner):

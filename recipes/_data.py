@@ -1,0 +1,187 @@
+"""What recipes train on: trajectories, captions, several sources at once; their order and their batches."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import ConcatDataset
+from tqdm import tqdm
+
+from clvr_train.data.buckets import BucketBatches, Size, nearest_bucket, number_buckets
+from clvr_train.data.captions import Captions, FineT2I, FluxReason
+from clvr_train.data.images import image_size, target_image
+from clvr_train.data.loader import Drawn, Mapped, read_ahead
+from clvr_train.data.mixing import TEXT_TO_IMAGE, Mix, step_class, step_weights
+from clvr_train.data.order import Order
+from clvr_train.data.readers import Refusals, read_trajectories
+from clvr_train.data.records import DataError
+from clvr_train.method.trajectory import Sample, Trajectory
+from clvr_train.method.truncation import truncate
+from clvr_train.models.conditioning import Conditioner
+from clvr_train.shapes.base import captions
+from clvr_train.shapes.render import render
+
+logger = logging.getLogger(__name__)
+
+Samples = Sequence[Sample]  # a list, or a corpus that is read when it is indexed
+
+
+def read_samples(folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0) -> list[Sample]:
+    """Every truncation of every trajectory of a folder (of the first `limit` trajectories).
+
+    Up to the share `max_refused` of bad records is left out.
+    """
+    return [sample for trajectory in _trajectories(folder, limit, max_refused) for sample in truncate(trajectory)]
+
+
+def read_direct_samples(
+    folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0
+) -> list[Sample]:
+    """One sample a trajectory without reasoning or history: from the goal to the last image, which it ended on.
+
+    Training on traces alone forgets how to draw from a bare prompt.
+    """
+    return [
+        Sample(trajectory.id, len(trajectory.images), trajectory.goal, (), (), trajectory.images[-1])
+        for trajectory in _trajectories(folder, limit, max_refused)
+        if trajectory.images
+    ]
+
+
+def read_corpus(data: DictConfig, window: int = 1) -> Captions:
+    """The captions of `data.folder` in the form `data.format`: `flux_reason` or `fine_t2i`. `window`: see
+    `FluxReason`.
+    """
+    if data.folder is None:
+        raise ValueError("data.folder: a folder or file of captions is needed")
+    if data.format == "flux_reason":
+        corpus = FluxReason(Path(data.folder), data.caption, data.limit, window)
+        logger.info("%d captions, %d records have none", len(corpus), corpus.num_without_caption)
+        return corpus
+    if data.format == "fine_t2i":
+        corpus = FineT2I(Path(data.folder), data.limit)
+        logger.info("%d captions", len(corpus))
+        return corpus
+    raise ValueError(f"format={data.format!r} is not one of flux_reason, fine_t2i")
+
+
+def read_prompts(data: DictConfig, max_refused: float = 0.0) -> list[Sample]:
+    """The samples of a corpus of captions, whose goals are prompts to draw. Their captions are read, no image is."""
+    corpus = read_corpus(data)
+    samples, refusals = [], Refusals(data.folder, max_refused)
+    for index in range(len(corpus)):
+        try:
+            samples.append(corpus[index])
+        except DataError as error:
+            refusals.refuse(error)
+        else:
+            refusals.accept()
+    refusals.finish()
+    return samples
+
+
+def _trajectories(folder: str | Path | None, limit: int | None, max_refused: float) -> Iterator[Trajectory]:
+    if folder is None:
+        raise ValueError("data.folder: a folder of trajectories is needed")
+    return read_trajectories(Path(folder), max_refused=max_refused, limit=limit)
+
+
+def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = None) -> list[Sample]:
+    """Caption and single-edit pairs of the shapes world as samples without reasoning, for training a base model.
+
+    `kinds`: weights of descriptions, goals and edits, alike by default.
+    """
+    samples = []
+    for number, caption in enumerate(captions(num, seed, kinds)):
+        references = () if caption.source is None else (render(caption.source),)
+        step = 1 + len(references)
+        samples.append(Sample(f"caption-{seed}-{number}", step, caption.text, (), references, render(caption.scene)))
+    return samples
+
+
+def read_sources(data: DictConfig) -> list[tuple[Samples, Fraction]]:
+    """What the `data` keys name, each with its weight: `data.folder`, or the entries of `data.mix`."""
+    if data.captions:
+        return [(caption_samples(data.captions, data.seed, data.kinds), Fraction(1))]
+    if data.mix and data.folder is not None:
+        raise ValueError(f"data.folder={data.folder}: with data.mix every folder is an entry of it")
+    sources = []
+    for number, entry in enumerate(data.mix or [{}]):
+        if data.mix and entry.get("folder") is None:
+            raise ValueError(f"data.mix[{number}].folder: an entry needs a folder")
+        source = OmegaConf.merge(data, entry)
+        sources.append((_read_source(source), Fraction(str(source.weight))))
+    return sources
+
+
+def _read_source(data: DictConfig) -> Samples:
+    if data.format != "trajectories":
+        if data.direct:
+            raise ValueError(f"data.direct=true: captions (data.format={data.format}) have no trajectories")
+        return read_corpus(data, data.window)
+    samples = read_samples(data.folder, data.limit, data.max_refused)
+    if data.direct:
+        samples += read_direct_samples(data.folder, data.limit, data.max_refused)
+    return samples
+
+
+def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, batch: int, seed: int) -> Order | Mix:
+    """The order of the samples of all sources, one after the other: all once an epoch, or in set shares of sources and
+    of kinds (`data.t2i_share`, CLVR A.6). The shares of sources hold within a kind.
+    """
+    blocks = [samples.blocks if isinstance(samples, Captions) else () for samples, _ in sources]
+    if len(sources) == 1 and data.t2i_share is None:
+        return Order(len(sources[0][0]), batch, seed, blocks=blocks[0], window=data.window)
+    members: dict[tuple[int, int], Sequence[int]] = {}  # by kind and source
+    first = 0
+    for number, (samples, _) in enumerate(sources):
+        places = range(first, first + len(samples))
+        if data.t2i_share is None or not isinstance(samples, list):
+            members[TEXT_TO_IMAGE, number] = places
+        else:
+            for place, sample in zip(places, samples, strict=True):
+                members.setdefault((step_class(sample), number), []).append(place)
+        first += len(samples)
+    kinds = {kind for kind, _ in members}
+    shares = {TEXT_TO_IMAGE: 1} if data.t2i_share is None else step_weights(kinds, data.t2i_share)
+    totals = {kind: sum(sources[number][1] for other, number in members if other == kind) for kind in kinds}
+    if not all(totals.values()):
+        raise ValueError("data.weight: one of the sources of every kind must weigh more than 0")
+    weights = {(kind, n): shares[kind] * sources[n][1] / totals[kind] for kind, n in members}
+    in_blocks = {(kind, n): blocks[n] for kind, n in members if len(blocks[n])}
+    return Mix(members, weights, batch, seed, blocks=in_blocks, window=data.window)
+
+
+def full_batches(samples: Samples, conditioner: Conditioner, cfg: DictConfig) -> Callable[[int], list[Drawn]]:
+    """Batches of whole micro-batches of one bucket each, by step."""
+    parts, rest = divmod(cfg.train.batch, cfg.train.micro_batch)
+    if rest:
+        raise ValueError(f"train.full_batches: batch={cfg.train.batch} is no multiple of {cfg.train.micro_batch}")
+    if not isinstance(samples, list) or cfg.data.t2i_share is not None:
+        raise ValueError("train.full_batches: only for trajectories of one source, without data.t2i_share")
+    bucket_of, buckets = number_buckets(map(conditioner.bucket, tqdm(samples, desc="sizes")))
+    order = BucketBatches(bucket_of, cfg.train.micro_batch, cfg.seed)
+    logger.info("%d buckets, %.1f %% of the micro-batches are short", len(buckets), 100 * order.short_share)
+    return lambda step: [drawn for part in range(parts) for drawn in order.batch(step, part, parts)]
+
+
+def fit_target(sample: Sample, sizes: Sequence[Size]) -> Sample:
+    """The sample with its target decoded and brought to the nearest of the sizes: what a worker does for the loop."""
+    size_px = nearest_bucket(image_size(sample.target), sizes)
+    return replace(sample, target=target_image(sample.target, size_px))
+
+
+def read_batches(
+    sources: Sequence[tuple[Samples, Fraction]], batches: Iterable[list[Drawn]], sizes: Sequence[Size], data: DictConfig
+) -> Iterator[list[tuple[Drawn, Sample]]]:
+    """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out."""
+    parts = [s if isinstance(s, list) else Mapped(s, partial(fit_target, sizes=sizes)) for s, _ in sources]
+    workers = 0 if all(isinstance(part, list) for part in parts) else data.workers
+    for batch in read_ahead(ConcatDataset(parts), batches, workers=workers, max_refused=data.max_refused):
+        if not batch:
+            raise ValueError("every sample of a batch was refused: see the warnings above")
+        yield batch
