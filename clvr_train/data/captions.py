@@ -9,7 +9,7 @@ huggingface.co/datasets/ma-xu/fine-t2i.
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,12 @@ from clvr_train.data.cells import Cells, open_parquet
 from clvr_train.data.images import target_image
 from clvr_train.data.jsonstream import parse_line
 from clvr_train.data.order import Blocks
-from clvr_train.data.records import DataError, FieldError
-from clvr_train.data.tar_index import Span, TarIndex, index_tar, read_head, read_span
+from clvr_train.data.records import DataError, FieldError, check_text
+from clvr_train.data.tar_index import Span, index_tar, read_head, read_span
 from clvr_train.method.trajectory import Sample, StoredImage
 
+# The forms of corpora, and how the names of their files end.
+ENDINGS = {"flux_reason": ".parquet", "fine_t2i": ".tar"}
 IMAGE_BYTES = "image.bytes"
 # What Fine-T2I names as the generator of a picture that was taken, not generated.
 PHOTO_SOURCES = ("pexels", "pixabay", "unsplash_lite")
@@ -98,7 +100,7 @@ class FluxReason(Captions):
     def __init__(
         self, source: Path | Sequence[Path], caption: str = "detail", limit: int | None = None, window: int = 1
     ) -> None:
-        files = find_files(source, ".parquet")
+        files = find_files(source, ENDINGS["flux_reason"])
         self.column = f"caption_{caption}"
         self._cells = Cells(window)
         self.num_without_caption = 0
@@ -108,7 +110,7 @@ class FluxReason(Captions):
         ends = [0]
         for number, (_, path) in enumerate(files):
             before = 0
-            for group, (rows, kept) in enumerate(_row_groups(path, self.column)):
+            for group, (rows, kept, _) in enumerate(row_groups(path, self.column)):
                 if kept is not None:
                     self._kept[len(self._groups)] = kept
                     self.num_without_caption += rows - len(kept)
@@ -127,14 +129,10 @@ class FluxReason(Captions):
         file, group, before = self._groups[part]
         row = int(self._kept[part][number]) if part in self._kept else number
         name, path = self.files[file]
-        record = before + row + 1
         try:
-            goal = self._cells.read(path, group, row, self.column)
-        except OSError as error:
-            raise DataError(path, record, self.column, str(error), "bad_container") from error
-        check_caption(goal, path, record, self.column)
-        image = StoredImage(f"{path}:{record}:image", partial(_image_bytes, self._cells, path, group, row))
-        return Sample(f"{name}:{record}", 1, goal, (), (), image)
+            return flux_reason_sample(self._cells, name, path, group, row, before + row + 1, self.column)
+        except FieldError as error:
+            raise DataError.at(path, before + row + 1, error) from error
 
 
 class FineT2I(Captions):
@@ -155,25 +153,17 @@ class FineT2I(Captions):
     """
 
     def __init__(self, source: Path | Sequence[Path], limit: int | None = None) -> None:
-        files = find_files(source, ".tar")
+        files = find_files(source, ENDINGS["fine_t2i"])
         self._tars = [index_tar(path) for _, path in files]
         super().__init__(files, np.cumsum([len(tar) for tar in self._tars]), limit)
 
     def _sample(self, part: int, number: int) -> Sample:
         name, path = self.files[part]
-        tar, record = self._tars[part], number + 1
-        members = tar.members(number)
-        goal = _fine_t2i_caption(tar, record, members)
-        ending = next((ending for ending in _IMAGE_ENDINGS if ending in members), None)
-        if ending is None:
-            raise DataError(path, record, "jpg", f"{tar.key(number)!r} has no image beside it", "missing_image")
-        offset, size = members[ending]
-        image = StoredImage(
-            f"{path}:{record}:{ending}",
-            partial(read_span, path, offset, size),
-            partial(read_head, path, offset, size),
-        )
-        return Sample(f"{name}:{tar.key(number)}", 1, goal, (), (), image)
+        tar = self._tars[part]
+        try:
+            return fine_t2i_sample(name, path, number + 1, tar.key(number), tar.members(number))
+        except FieldError as error:
+            raise DataError.at(path, number + 1, error) from error
 
 
 def fit_target(sample: Sample, size_px: tuple[int, int]) -> Sample:
@@ -207,41 +197,51 @@ def find_files(source: Path | Sequence[Path], ending: str) -> list[tuple[str, Pa
     return sorted((path.relative_to(folder).as_posix().removesuffix(ending), path) for path in paths)
 
 
-def check_caption(caption: object, path: Path, record: int, field: str) -> None:
-    """Raises `DataError` if it is no text, or an empty one."""
+def check_caption(caption: object, field: str) -> None:
+    """Raises `FieldError` if it is no text, or an empty one."""
     if not isinstance(caption, str):
-        raise DataError(path, record, field, f"must be a string, not {type(caption).__name__}", "wrong_type")
+        raise FieldError(field, f"must be a string, not {type(caption).__name__}", "wrong_type")
+    check_text(caption, field)
     if not caption.strip():
-        raise DataError(path, record, field, "must not be empty", "empty_text")
+        raise FieldError(field, "must not be empty", "empty_text")
 
 
-def _row_groups(path: Path, column: str) -> list[tuple[int, np.ndarray | None]]:
-    """Of every row group how many rows it has, and which of them have a caption, or None where all have one."""
+# ---------------------------------------------------------------------------- FLUX-Reason-6M
+
+
+def row_groups(path: Path, column: str) -> Iterator[tuple[int, np.ndarray | None, int]]:
+    """Of every row group how many rows it has, which of them have a caption, or None where all have one, and its share
+    of the bytes of the file.
+
+    Raises:
+        DataError: at the first row group whose captions cannot be read.
+    """
     try:
         file = open_parquet(path)
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:  # the latter of a name of a column
         raise DataError(path, 1, "file", str(error).removeprefix(f"{path}: "), "bad_container") from error
     with file:
         _check_columns(path, file.schema_arrow, column)
         layout = file.metadata
         place = [layout.schema.column(n).path for n in range(layout.num_columns)].index(column)
-        groups = []
+        before, size = 0, path.stat().st_size
         for number in range(layout.num_row_groups):
             rows = layout.row_group(number).num_rows
+            weight = size * rows // max(1, layout.num_rows)
+            before += rows
             statistics = layout.row_group(number).column(place).statistics
             if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
-                groups.append((rows, None))
+                yield rows, None, weight
                 continue
             try:
                 captions = file.read_row_group(number, columns=[column], use_threads=False).column(0)
             except (pa.ArrowException, OSError) as error:
                 reason = f"row group {number + 1} cannot be read ({' '.join(str(error).split())})"
-                raise DataError(path, sum(n for n, _ in groups) + 1, column, reason, "bad_container") from error
+                raise DataError(path, before - rows + 1, column, reason, "bad_container") from error
             kept = np.flatnonzero(captions.is_valid().to_numpy()).astype(np.int32)
-            groups.append((rows, kept if len(kept) < rows else None))
-        return groups
+            yield rows, kept if len(kept) < rows else None, weight
 
 
 def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
@@ -258,6 +258,23 @@ def _check_columns(path: Path, schema: pa.Schema, column: str) -> None:
         raise DataError(path, 1, "image", f"must be a struct with binary 'bytes', not {image}", "wrong_type")
 
 
+def flux_reason_sample(cells: Cells, name: str, path: Path, group: int, row: int, record: int, column: str) -> Sample:
+    """The sample of a row (from 0) of a row group: number `record` (from 1) of a file called `name`.
+
+    Raises:
+        FieldError: if its caption cannot be read, or says nothing.
+    """
+    try:
+        goal = cells.read(path, group, row, column)
+    except OSError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise FieldError(column, f"text that is no UTF-8 ({error.__cause__})", "bad_utf8") from error
+        raise FieldError(column, str(error), "bad_container") from error
+    check_caption(goal, column)
+    image = StoredImage(f"{path}:{record}:image", partial(_image_bytes, cells, path, group, row))
+    return Sample(f"{name}:{record}", 1, goal, (), (), image)
+
+
 def _image_bytes(cells: Cells, path: Path, group: int, row: int) -> bytes:
     content = cells.read(path, group, row, IMAGE_BYTES)
     if content is None:
@@ -265,22 +282,44 @@ def _image_bytes(cells: Cells, path: Path, group: int, row: int) -> bytes:
     return content
 
 
-def _fine_t2i_caption(tar: TarIndex, record: int, members: dict[str, Span]) -> str:
+# ---------------------------------------------------------------------------- Fine-T2I
+
+
+def fine_t2i_sample(name: str, path: Path, record: int, key: str, members: dict[str, Span]) -> Sample:
+    """The sample of the members of a key: number `record` (from 1) of a tar called `name`.
+
+    Raises:
+        FieldError: if its caption cannot be read, or says nothing, or it has no image.
+    """
+    goal = _fine_t2i_caption(path, key, members)
+    ending = next((ending for ending in _IMAGE_ENDINGS if ending in members), None)
+    if ending is None:
+        raise FieldError("jpg", f"{key!r} has no image beside it", "missing_image")
+    offset, size = members[ending]
+    image = StoredImage(
+        f"{path}:{record}:{ending}",
+        partial(read_span, path, offset, size),
+        partial(read_head, path, offset, size),
+    )
+    return Sample(f"{name}:{key}", 1, goal, (), (), image)
+
+
+def _fine_t2i_caption(path: Path, key: str, members: dict[str, Span]) -> str:
     """The text that the image of a record shows."""
     if "json" not in members:
-        raise DataError(tar.path, record, "json", f"{tar.key(record - 1)!r} has none", "missing_field")
+        raise FieldError("json", f"{key!r} has none", "missing_field")
     try:
-        fields = parse_line(read_span(tar.path, *members["json"]))
+        fields = parse_line(read_span(path, *members["json"]))
     except FieldError as error:
-        raise DataError(tar.path, record, "json", error.message, error.rule) from error
+        raise FieldError("json", error.message, error.rule) from error
     except OSError as error:
-        raise DataError(tar.path, record, "json", str(error), "bad_container") from error
+        raise FieldError("json", str(error), "bad_container") from error
     if not isinstance(fields, dict):
-        raise DataError(tar.path, record, "json", "must be a JSON object", "wrong_type")
+        raise FieldError("json", "must be a JSON object", "wrong_type")
     flag, source = "image_generated_with_enhanced_prompt", "image_generator"
     for field in (flag, source):
         if field not in fields:
-            raise DataError(tar.path, record, f"json.{field}", "is missing", "missing_field")
+            raise FieldError(f"json.{field}", "is missing", "missing_field")
     field = "enhanced_prompt" if fields[flag] is True or fields[source] in PHOTO_SOURCES else "prompt"
-    check_caption(fields.get(field), tar.path, record, f"json.{field}")
+    check_caption(fields.get(field), f"json.{field}")
     return fields[field]

@@ -50,6 +50,16 @@ def tar_records(file: Path) -> Iterator[tuple[str, dict[str, Span] | FieldError,
         yield key, members, end
 
 
+def numbered_records(file: Path) -> Iterator[tuple[int, str, dict[str, Span] | FieldError, int]]:
+    """The same with their numbers, from 1, in front; an error also in place of a record whose key came before."""
+    seen: set[str] = set()
+    for number, (key, members, end) in enumerate(tar_records(file), start=1):
+        if key in seen and not isinstance(members, FieldError):
+            members = FieldError("key", f"{key!r:.80} stands in an earlier record too", "duplicate_id")
+        seen.add(key)
+        yield number, key, members, end
+
+
 def _members(file: Path) -> Iterator[tuple[str, Span] | FieldError]:
     """(name, place) of the regular members; an error as the last item where the archive cannot be read on."""
     try:
@@ -125,13 +135,10 @@ def index_tar(path: Path) -> TarIndex:
     """
     kind_of: dict[str, int] = {}
     starts, kinds, offsets, sizes, name_ends = (array(code) for code in "qiqqq")
-    names, seen = bytearray(), set()
-    for number, (key, members, _) in enumerate(tar_records(path), start=1):
+    names = bytearray()
+    for number, key, members, _ in numbered_records(path):
         if isinstance(members, FieldError):
             raise DataError.at(path, number, members)
-        if key in seen:
-            raise DataError(path, number, "key", f"{key!r:.80} stands in an earlier record too", "duplicate_id")
-        seen.add(key)
         starts.append(len(kinds))
         for ending, (offset, size) in members.items():
             kinds.append(kind_of.setdefault(ending, len(kind_of)))

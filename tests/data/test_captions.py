@@ -259,6 +259,7 @@ def test_bad_records_are_named_and_leave_the_others(tmp_path: Path) -> None:
         "json: 'f' has none": [("f.jpg", picture(0)), ("f.txt", b"x")],
         "jpg: 'g' has no image beside it": alone,
         "json: not a line of JSON in UTF-8 (": replaced("h", b'{"prompt": "\xff"}'),
+        "json.enhanced_prompt: holds half a surrogate pair": fine_t2i_record("i", b"", enhanced_prompt="\ud800"),
     }
     path = write_tar(tmp_path / "a.tar", sum(bad.values(), []) + fine_t2i_record("z", picture(1)))
     corpus = FineT2I(path)
@@ -287,20 +288,28 @@ def test_a_tar_that_was_cut_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- memory
 
 # Peak memory of walking a corpus whole, in a process of its own. Not by getrusage, whose peak is the parent's at first.
-WALK = """
+MEASURED = """
 import re, sys
 from pathlib import Path
-from clvr_train.data import captions
+from clvr_train.data import captions, validate
+form, path = sys.argv[1], Path(sys.argv[2])
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-corpus = getattr(captions, sys.argv[1])(Path(sys.argv[2]))
-read = sum(len(sample.target.read()) + len(sample.goal) for sample in corpus)
-assert read > 0.9 * Path(sys.argv[2]).stat().st_size
+{walk}
 sys.stdout.write(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+READ = """
+corpus = {"flux_reason": captions.FluxReason, "fine_t2i": captions.FineT2I}[form](path)
+read = sum(len(sample.target.read()) + len(sample.goal) for sample in corpus)
+assert read > 0.9 * path.stat().st_size
+"""
+VALIDATE = """
+report = validate.validate(path, 0, form=form)
+assert report.records == report.refused >= 80  # noise is no image
 """
 
 
-def peak_bytes(kind: str, path: Path) -> int:
-    command = [sys.executable, "-c", WALK, kind, str(path)]
+def peak_bytes(walk: str, form: str, path: Path) -> int:
+    command = [sys.executable, "-c", MEASURED.format(walk=walk), form, str(path)]
     env = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}  # the other one gives memory back late
     return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout) * 1024
 
@@ -324,19 +333,20 @@ def write_records(path: Path, rows: int) -> Path:
     return write_tar(path, (member for n in range(rows) for member in fine_t2i_record(str(n), noise(n))))
 
 
+@pytest.mark.parametrize("walk", [READ, VALIDATE], ids=["read", "validate"])
 @pytest.mark.parametrize(
-    ("kind", "write", "ending"),
+    ("form", "write", "ending"),
     [
-        ("FluxReason", write_rows, "parquet"),
-        ("FluxReason", write_one_group, "parquet"),
-        ("FineT2I", write_records, "tar"),
+        ("flux_reason", write_rows, "parquet"),
+        ("flux_reason", write_one_group, "parquet"),
+        ("fine_t2i", write_records, "tar"),
     ],
 )
 def test_memory_does_not_grow_with_the_file(
-    tmp_path: Path, kind: str, write: Callable[[Path, int], Path], ending: str
+    tmp_path: Path, walk: str, form: str, write: Callable[[Path, int], Path], ending: str
 ) -> None:
     few, many = (write(tmp_path / f"{rows}.{ending}", rows) for rows in (80, 800))
     growth = many.stat().st_size - few.stat().st_size
     assert growth > 70e6
-    rise = peak_bytes(kind, many) - peak_bytes(kind, few)
+    rise = peak_bytes(walk, form, many) - peak_bytes(walk, form, few)
     assert rise < 0.4 * growth, rise

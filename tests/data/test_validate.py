@@ -1,22 +1,33 @@
 import io
 import json
+import pickle
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from clvr_train.data import cells
 from clvr_train.data import validate as validation
+from clvr_train.data.captions import Captions, FineT2I, FluxReason, fit_target
 from clvr_train.data.images import ImageError, open_image
+from clvr_train.data.loader import Mapped, RefusedError, read_ahead
 from clvr_train.data.parquet import write_parquet
 from clvr_train.data.readers import read_trajectories
 from clvr_train.data.records import DataError
 from clvr_train.data.shards import write_shards
 from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
-from clvr_train.data.validate import RULES, check_strictly, validate
+from clvr_train.data.validate import RULES, caption_chunks, check_strictly, validate
+from tests.data import corpora
+from tests.data.corpora import FLUX_REASON, fine_t2i_record, flux_reason_rows, write_flux_reason, write_tar
 from tests.data.examples import Deadly, good_records, picture, trajectory, write_lines
 
 Change = Callable[[dict, Path], object]
@@ -257,3 +268,372 @@ def test_no_damage_of_an_image_is_more_than_a_refusal(tmp_path: Path, kind: str)
                 assert error.rule in RULES
             else:
                 open_image(path)
+
+
+# ---------------------------------------------------------------------------- captions
+
+Members = list[tuple[str, bytes]]
+FORMS = ("flux_reason", "fine_t2i")
+FILES = {"flux_reason": "data/a.parquet", "fine_t2i": "data/a.tar"}
+IMAGE_FIELD = {"flux_reason": "image", "fine_t2i": "jpg"}
+
+
+def small(number: int) -> bytes:
+    return corpora.picture(number, (66, 64))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+# name: (rule, bytes of the image)
+IMAGES: dict[str, tuple[str, bytes]] = {
+    "no image": ("not_an_image", b"hello"),
+    "empty image": ("not_an_image", b""),
+    "truncated image": ("unreadable_image", small(1)[:-300]),
+    "bomb": ("too_many_pixels", png(60_000, 60_000, 1)),
+    "large": ("too_many_pixels", png(8_000, 8_000, 1)),
+    "small": ("small_side", encoded(Image.new("RGB", (63, 200)))),
+    "long": ("aspect", encoded(Image.new("RGB", (64, 513)))),
+    "animated": ("animated", encoded(picture(1), "WEBP", **TWO_FRAMES)),
+    "float": ("mode", encoded(Image.new("F", (64, 64)), "TIFF")),
+    "exif": ("exif_rotation", encoded(picture(1, (64, 80)), "JPEG", **rotated())),
+    "palette": ("palette_transparency", encoded(CLEAR)),
+    "cmyk under .jpg": ("cmyk", corpora.picture(1, mode="CMYK")),
+}
+# name: (rule, field, what the members of a good record become)
+TARS: dict[str, tuple[str, str, Callable[[Members], Members]]] = {
+    "empty caption": ("empty_text", "json.enhanced_prompt", lambda m: fine_t2i_record(
+        "1", small(1), enhanced_prompt=" ")),
+    "caption not text": ("wrong_type", "json.enhanced_prompt", lambda m: fine_t2i_record(
+        "1", small(1), enhanced_prompt=["a"])),
+    "half a character": ("bad_text", "json.prompt", lambda m: fine_t2i_record(
+        "1", small(1), "x", prompt="\ud800", image_generated_with_enhanced_prompt=False)),
+    "no image member": ("missing_image", "jpg", lambda m: m[1:]),
+    "no json": ("missing_field", "json", lambda m: [m[0], m[2]]),
+    "no source": ("missing_field", "json.image_generator", lambda m: [
+        m[0], ("1.json", b'{"prompt": "x", "image_generated_with_enhanced_prompt": true}')]),
+    "bad utf-8": ("bad_utf8", "json", lambda m: [m[0], ("1.json", m[1][1].replace(b"prompt of", b"prompt \xff"))]),
+    "truncated json": ("truncated_json", "json", lambda m: [m[0], ("1.json", m[1][1][:50])]),
+    "bad json": ("bad_json", "json", lambda m: [m[0], ("1.json", b"{'prompt': 1}")]),
+    "json a list": ("wrong_type", "json", lambda m: [m[0], ("1.json", b"[1]")]),
+    "duplicate member": ("bad_container", "record", lambda m: [*m, ("1.JPG", b"")]),
+}  # fmt: skip
+
+
+def not_utf8(column: pa.Array) -> pa.Array:
+    values = column.to_pylist()
+    values[1] = b"caption \xff"
+    return pa.array([v if isinstance(v, bytes) else v.encode() for v in values], pa.binary()).view(pa.string())
+
+
+# name: (rule, field, what the table of good rows becomes)
+TABLES: dict[str, tuple[str, str, Callable[[list[dict]], pa.Table]]] = {
+    "empty caption": ("empty_text", "caption_detail", lambda rows: table(rows, caption_detail="\n")),
+    "image null": ("unreadable_image", "image", lambda rows: table(rows, image=None)),
+    "bytes null": ("unreadable_image", "image", lambda rows: table(rows, image={"bytes": None, "path": "a.jpg"})),
+    "bad utf-8": ("bad_utf8", "caption_detail", lambda rows: (whole := table(rows)).set_column(
+        whole.schema.get_field_index("caption_detail"), "caption_detail",
+        not_utf8(whole["caption_detail"].combine_chunks()))),
+}  # fmt: skip
+
+
+def table(rows: list[dict], **second: object) -> pa.Table:
+    return pa.Table.from_pylist([rows[0], rows[1] | second, *rows[2:]], schema=FLUX_REASON)
+
+
+def write_corpus(folder: Path, form: str, images: Sequence[bytes]) -> Path:
+    """One file of records with these images."""
+    file = folder / FILES[form]
+    if form == "flux_reason":
+        return write_flux_reason(file, flux_reason_rows(range(len(images)), images.__getitem__))
+    return write_tar(file, [m for n, image in enumerate(images) for m in fine_t2i_record(str(n), image)])
+
+
+def open_corpus(path: Path, form: str) -> Captions:
+    return FluxReason(path) if form == "flux_reason" else FineT2I(path)
+
+
+def train(path: Path, form: str) -> int:
+    """Read all of a corpus as a training does that leaves nothing out; how many samples it has."""
+    fitted = Mapped(open_corpus(path, form), partial(fit_target, size_px=(64, 64)))
+    return sum(len(batch) for batch in read_ahead(fitted, [[(0, n)] for n in range(len(fitted))], max_refused=0.0))
+
+
+def refused_in_training(path: Path, form: str) -> set[int]:
+    """The indices of the samples that cannot be read."""
+    refused, corpus = set(), open_corpus(path, form)
+    for index in range(len(corpus)):
+        try:
+            fit_target(corpus[index], (64, 64))
+        except (ValueError, OSError):
+            refused.add(index)
+    return refused
+
+
+def check_golden(file: Path, form: str, rule: str, field: str) -> None:
+    """The second of three records is refused, by validation and, but for the rules of validation alone, by training."""
+    report = validate(file.parent, 0, form=form).as_json()
+    (offender,) = report.pop("offenders")
+    assert report == {"records": 3, "refused": 1, "by_rule": {rule: 1}}
+    message = offender.pop("message")
+    assert offender == {"file": str(file), "record": 2, "field": field, "rule": rule}
+    assert message and "\n" not in message
+    if rule in ONLY_VALIDATION:
+        assert train(file.parent, form) == 3
+    else:
+        with pytest.raises((DataError, RefusedError), match=":2:"):
+            train(file.parent, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", IMAGES)
+def test_golden_bad_image_of_a_corpus(tmp_path: Path, form: str, name: str) -> None:
+    rule, image = IMAGES[name]
+    check_golden(write_corpus(tmp_path, form, [small(0), image, small(2)]), form, rule, IMAGE_FIELD[form])
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_golden_bad_record_of_fine_t2i(tmp_path: Path, name: str) -> None:
+    rule, field, change = TARS[name]
+    records = [fine_t2i_record(str(n), small(n)) for n in range(3)]
+    records[1] = change(records[1])
+    check_golden(write_tar(tmp_path / FILES["fine_t2i"], sum(records, [])), "fine_t2i", rule, field)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_golden_bad_row_of_flux_reason(tmp_path: Path, name: str) -> None:
+    rule, field, change = TABLES[name]
+    file = tmp_path / FILES["flux_reason"]
+    file.parent.mkdir()
+    pq.write_table(change(flux_reason_rows(range(3), small)), file)
+    check_golden(file, "flux_reason", rule, field)
+
+
+def test_a_key_that_comes_again_is_one_bad_record_and_the_tar_is_read_on(tmp_path: Path) -> None:
+    members = [m for n, key in enumerate("abac") for m in fine_t2i_record(key, small(n))]
+    file = write_tar(tmp_path / "a.tar", members)
+    report = validate(file, 0, form="fine_t2i")
+    assert (report.records, report.by_rule) == (4, {"duplicate_id": 1})
+    assert str(report.offenders[0]) == f"{file}:3: key: 'a' stands in an earlier record too"
+    with pytest.raises(DataError, match=f"^{file}:3: key: "):
+        FineT2I(file)
+
+
+def without(column: str) -> pa.Schema:
+    return pa.schema([field for field in FLUX_REASON if field.name != column])
+
+
+def cut(part: float) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+
+
+def retyped(schema: pa.Schema) -> Callable[[Path], object]:
+    return lambda path: pq.write_table(schema.empty_table(), path)
+
+
+# name: (form, rule, field, record, records of the file that are read before, what is done to the file)
+FILES_GOLDEN: dict[str, tuple[str, str, str, int, int, Callable[[Path], object]]] = {
+    "truncated parquet": ("flux_reason", "bad_container", "file", 1, 0, cut(0.6)),
+    "empty parquet file": ("flux_reason", "bad_container", "file", 1, 0, cut(0)),
+    "no image column": ("flux_reason", "missing_field", "image", 1, 0, retyped(without("image"))),
+    "no caption column": ("flux_reason", "missing_field", "caption_detail", 1, 0, retyped(without("caption_detail"))),
+    "captions of numbers": ("flux_reason", "wrong_type", "caption_detail", 1, 0, retyped(
+        FLUX_REASON.set(9, pa.field("caption_detail", pa.int64())))),
+    "image no struct": ("flux_reason", "wrong_type", "image", 1, 0, retyped(
+        FLUX_REASON.set(1, pa.field("image", pa.binary())))),
+    "truncated tar": ("fine_t2i", "bad_container", "record", 4, 3, cut(0.6)),
+    "empty tar file": ("fine_t2i", "bad_container", "record", 1, 0, cut(0)),
+    "no tar": ("fine_t2i", "bad_container", "record", 1, 0, lambda path: path.write_bytes(b"x" * 2000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES_GOLDEN)
+def test_a_file_that_cannot_be_read_is_one_bad_record_and_the_others_are_read(tmp_path: Path, name: str) -> None:
+    form, rule, field, record, before, damage = FILES_GOLDEN[name]
+    for folder in ("a", "b", "c"):
+        write_corpus(tmp_path / folder, form, [small(n) for n in range(6)])
+    bad = tmp_path / "b" / FILES[form]
+    damage(bad)
+    seen: list[int] = []
+    report = validate(tmp_path, 0, lambda weight, report: seen.append(weight), form)
+    assert (report.records, report.refused, report.by_rule) == (12 + before + 1, 1, {rule: 1})
+    (error,) = report.offenders
+    assert (error.file, error.record, error.field) == (str(bad), record, field)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("a.*"))
+    assert 0.9 * size - 10 * 1024 <= sum(seen) <= size  # tarfile ends in 10 KiB of nothing
+    with pytest.raises(DataError, match=rf"^{re.escape(str(bad))}:{record}: {field}: "):
+        open_corpus(tmp_path, form)
+
+
+def test_rules_of_corpora_are_those_that_are_documented() -> None:
+    golden = [*IMAGES.values(), *TARS.values(), *TABLES.values(), *(row[1:] for row in FILES_GOLDEN.values())]
+    text = Path(__file__).parents[2].joinpath("docs/data_format.md").read_text(encoding="utf-8")
+    section = text.split("\n## Captions\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`(\w+)`", section)) & set(RULES)
+    assert documented == {row[0] for row in golden} | {"empty_file", "duplicate_id"}
+
+
+def test_a_row_group_that_cannot_be_read_is_refused_from_there_on_as_in_training(tmp_path: Path, monkeypatch) -> None:
+    """In one page the whole row group is lost, whichever column it is; with small chunks, too."""
+    for column in ("caption_detail", "image.bytes"):
+        file = write_corpus(tmp_path, "flux_reason", [small(n) for n in range(12)])
+        data = bytearray(file.read_bytes())
+        layout = pq.ParquetFile(file).metadata.row_group(1)
+        (place,) = [n for n in range(layout.num_columns) if layout.column(n).path_in_schema == column]
+        start = layout.column(place).dictionary_page_offset or layout.column(place).data_page_offset
+        data[start : start + 40] = b"\xff" * 40
+        file.write_bytes(data)
+        for rows in (256, 3, 1):
+            monkeypatch.setattr(validation, "_CHUNK_ROWS", rows)
+            report = validate(file, 0, form="flux_reason")
+            assert (report.records, report.by_rule) == (12, {"bad_container": 4})
+            assert [error.record for error in report.offenders] == [5, 6, 7, 8]
+            assert refused_in_training(file, "flux_reason") == {4, 5, 6, 7}
+            message = f"{file}:5: {column.split('.')[0]}: row group 2 cannot be read ("
+            assert str(report.offenders[0]).startswith(message)
+
+
+def test_behind_a_page_that_cannot_be_read_nothing_is_tried_again(tmp_path: Path, monkeypatch) -> None:
+    file = write_flux_reason(tmp_path / "a.parquet", flux_reason_rows(range(40), small), group=40)
+    data = bytearray(file.read_bytes())
+    layout = pq.ParquetFile(file).metadata.row_group(0)
+    (image,) = [layout.column(n) for n in range(layout.num_columns) if layout.column(n).path_in_schema == "image.bytes"]
+    data[image.data_page_offset : image.data_page_offset + 40] = b"\xff" * 40
+    file.write_bytes(data)
+    starts = count_starts(monkeypatch)
+    assert validate(file, 0, form="flux_reason").by_rule == {"bad_container": 40}
+    assert starts.count("image.bytes") == 1
+
+
+def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The columns whose reading is started, each time that it is."""
+    starts: list[str] = []
+    restart = cells._Column.restart
+    monkeypatch.setattr(cells._Column, "restart", lambda self: (starts.append(self._column), restart(self)))
+    monkeypatch.setattr(validation, "_cells", cells.Cells(1))
+    return starts
+
+
+def test_every_row_group_is_read_once_and_forwards(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cells, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(validation, "_CHUNK_ROWS", 3)
+    for part in range(2):
+        write_flux_reason(tmp_path / f"{part}.parquet", flux_reason_rows(range(20), small), group=10)
+    starts = count_starts(monkeypatch)
+    assert validate(tmp_path, 0, form="flux_reason").as_json()["records"] == 40
+    assert starts == ["caption_detail", "image.bytes"] * 4
+
+
+def mixed(folder: Path, form: str) -> None:
+    """Files of good and bad records, a file that cannot be read, and in FLUX-Reason rows without a text caption."""
+    images = [image for _, image in IMAGES.values()]
+    for part in range(3):
+        write_corpus(folder / str(part), form, [*images[part::3], *map(small, range(5))])
+    write_corpus(folder / "3", form, [small(0)]).write_bytes(b"nothing")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_number_of_processes_and_any_chunks_find_the_same(tmp_path: Path, monkeypatch, form: str) -> None:
+    mixed(tmp_path, form)
+    alone = validate(tmp_path, 0, form=form, caption="text")
+    monkeypatch.setattr(validation, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(validation, "_CHUNK_RECORDS", 2)
+    for workers in (0, 2):
+        again = validate(tmp_path, workers, form=form, caption="text")
+        assert (again.as_json(), again.left_out) == (alone.as_json(), alone.left_out)
+    left_out = 2 * 3 + 3 if form == "flux_reason" else 0  # every third row of 9
+    assert alone.left_out == {"flux_reason": 9, "fine_t2i": 0}[form] == left_out
+    assert alone.records == 27 + 1 - left_out
+    if form == "fine_t2i":
+        assert alone.refused == len(IMAGES) + 1
+    files = [error.file for error in alone.offenders]
+    assert files == sorted(files) and len(set(files)) == 4
+
+
+def test_rows_without_the_caption_are_left_out_as_in_training(tmp_path: Path) -> None:
+    file = write_flux_reason(tmp_path / "a.parquet", flux_reason_rows(range(26), small))
+    for caption in ("text", "text_cn", "detail"):
+        corpus = FluxReason(file, caption)
+        report = validate(file, 0, form="flux_reason", caption=caption)
+        assert (report.records, report.refused) == (len(corpus), 0)
+        assert report.left_out == corpus.num_without_caption == (0 if caption == "detail" else 9)
+
+
+def test_a_corpus_without_records_is_refused_as_in_training(tmp_path: Path) -> None:
+    rows = [row | {"caption_detail": None} for row in flux_reason_rows(range(3), small)]
+    for form, path, message in (
+        ("flux_reason", write_flux_reason(tmp_path / "none.parquet", rows), "no record has this caption"),
+        ("flux_reason", write_flux_reason(tmp_path / "empty.parquet", []), "the file is empty"),
+        ("fine_t2i", write_tar(tmp_path / "empty.tar", []), "the file is empty"),
+    ):
+        report = validate(path, 0, form=form)
+        assert (report.records, report.by_rule) == (1, {"empty_file": 1})
+        assert str(report.offenders[0]) == f"{path}:1: record: {message}"
+        with pytest.raises(ValueError, match="no records"):
+            open_corpus(path, form)
+
+
+def test_keys_may_come_again_in_another_tar(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_corpus(tmp_path / folder, "fine_t2i", [small(0), small(1)])
+    assert validate(tmp_path, 0, form="fine_t2i").as_json()["refused"] == 0
+    assert train(tmp_path, "fine_t2i") == 4
+
+
+def test_what_is_sent_to_a_worker_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    members = [(f"{n:06}.{ending}", b"x") for n in range(3000) for ending in ("jpg", "json", "txt")]
+    rows = [{"caption_detail": f"caption {n}" if n % 5 else None, "image": {"bytes": b"x", "path": None}}
+            for n in range(3000)]  # fmt: skip
+    for form, path in (
+        ("fine_t2i", write_tar(tmp_path / "a.tar", members)),
+        ("flux_reason", write_flux_reason(tmp_path / "a.parquet", rows, group=2000)),
+    ):
+        parts = list(caption_chunks(path, form, "detail"))
+        assert max(len(pickle.dumps(part)) for part in parts) < 8_000
+        assert [number for part in parts for number, _ in part.records] == list(range(1, 3001))
+        left_out = [number for part in parts for number, place in part.records if place is None]
+        assert left_out == (list(range(1, 3001, 5)) if form == "flux_reason" else [])
+
+
+def test_a_form_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="format='parquet' is not one of trajectories, flux_reason, fine_t2i"):
+        validate(tmp_path, 0, form="parquet")
+    for form in FORMS:
+        with pytest.raises(FileNotFoundError, match="no file"):
+            validate(tmp_path, 0, form=form)
+
+
+GOOD = [small(n) for n in range(3)] + [encoded(picture(3, (80, 64))), encoded(picture(4).convert("L"), "WEBP")]
+PICTURES = st.sampled_from([*GOOD, *GOOD, *(image for _, image in IMAGES.values())])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=60, deadline=None)
+@given(images=st.lists(PICTURES, min_size=1, max_size=6), data=st.data())
+def test_what_passes_is_never_refused_in_training(tmp_path_factory, form: str, images: list, data) -> None:
+    """And what is refused is, but for the rules of validation alone. With good and bad images, bytes that are changed
+    (but not in the footer of parquet: there pyarrow may end the process), and files that are cut anywhere.
+    """
+    file = write_corpus(tmp_path_factory.mktemp("corpus"), form, images)
+    whole = bytearray(file.read_bytes())
+    end = len(whole)
+    if form == "flux_reason":
+        end -= 8 + struct.unpack("<I", whole[-8:-4])[0]
+    for at in data.draw(st.lists(st.integers(0, end - 1), max_size=2)):
+        whole[at] ^= data.draw(st.integers(1, 255))
+    if data.draw(st.integers(0, 3)) == 0:
+        whole = whole[: data.draw(st.integers(0, len(whole)))]
+    file.write_bytes(whole)
+    report = validate(file, 0, form=form)
+    if not report.refused:
+        assert train(file, form) == report.records
+        return
+    try:
+        refused = refused_in_training(file, form)
+    except ValueError:
+        return  # it cannot be opened
+    strict = sum(report.by_rule[rule] for rule in ONLY_VALIDATION)
+    assert len(refused) == report.refused - strict
