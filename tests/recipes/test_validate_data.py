@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from tests.data.corpora import fine_t2i_record, flux_reason_rows, picture, write_flux_reason, write_tar
+
 
 @pytest.fixture
 def damaged(world, tmp_path):
@@ -48,6 +50,8 @@ def test_bad_records_are_counted_named_and_end_in_status_1(world, run_recipe, da
         (["data=nowhere"], "nowhere/trajectories.jsonl: no such file"),
         (["data=runs/data", "workers=-1"], "workers=-1: "),
         (["data=runs/data", "report=runs"], "report=runs: is a folder"),
+        (["data=runs/data", "format=tar"], "format='tar' is not one of trajectories, flux_reason, fine_t2i"),
+        (["data=runs/data", "format=fine_t2i"], "runs/data: no file *.tar there"),
     ],
 )
 def test_what_cannot_be_validated(world, run_recipe, overrides, message):
@@ -66,3 +70,23 @@ def test_a_share_of_bad_records_may_be_left_out(world, run_recipe, damaged):
     result = run_recipe(world, *command, "data.max_refused=0.1")
     assert f"refused: {damaged}/trajectories.jsonl:3: conversations[2].from: " in result.stderr
     assert f"{damaged}: 2 of 24 records refused" in result.stderr and (damaged / "proxy_prompts.jsonl").exists()
+
+
+def test_a_corpus_of_captions(world, run_recipe, tmp_path):
+    rows = flux_reason_rows(range(9), lambda row: b"no image" if row == 4 else picture(row))
+    file = write_flux_reason(tmp_path / "flux" / "a.parquet", rows)
+    (tmp_path / "flux" / "b.parquet").write_bytes(b"cut short")
+    report = tmp_path / "report.json"
+    command = ["validate_data", f"data={tmp_path / 'flux'}", "format=flux_reason", "caption=text", f"report={report}"]
+    result = run_recipe(world, *command, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "validate_data: 100%" in result.stderr
+    lines = result.stderr.splitlines()
+    assert "7 records, 2 refused; 3 more have no such caption and are left out" in lines
+    assert lines[-1] == f"error: {tmp_path / 'flux'}: 2 of 7 records refused; all in {report}"
+    assert f"  {file}:5: image: {file}:5:image: not an image" in lines
+    found = json.loads(report.read_text())
+    assert set(found) == {"records", "refused", "by_rule", "offenders"}
+    assert found["by_rule"] == {"not_an_image": 1, "bad_container": 1}
+    tar = write_tar(tmp_path / "a.tar", fine_t2i_record("a", picture(0)) + fine_t2i_record("b", picture(1)))
+    result = run_recipe(world, "validate_data", f"data={tar}", "format=fine_t2i", "workers=0")
+    assert "2 records, 0 refused" in result.stderr.splitlines()
