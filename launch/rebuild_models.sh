@@ -24,6 +24,8 @@ publish() { # publish NAME: runs/rebuild/NAME/model becomes models/shapes/NAME
 # The drawing model: VAE, text encoder and an untrained transformer, then pretraining, then distillation.
 once runs/rebuild/parts/model      make_shapes_models.py experiment=shapes_models   device="$DEVICE"
 once runs/rebuild/pretrained/model train_dit.py          experiment=shapes_pretrain model.device="$DEVICE"
+once runs/rebuild/traces/trajectories.jsonl make_shapes.py run=rebuild/traces num=12000 seed=5 \
+  habits.edit_slip=0 habits.plan_slip=0
 once runs/rebuild/base/model       train_dit.py          experiment=shapes_base     model.device="$DEVICE"
 once runs/rebuild/distilled/model  distill.py            experiment=shapes_distill  model.device="$DEVICE"
 

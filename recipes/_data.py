@@ -104,21 +104,23 @@ def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = Non
 
 
 def read_sources(data: DictConfig) -> list[tuple[Samples, Fraction]]:
-    """What the `data` keys name, each with its weight: `data.folder`, or the entries of `data.mix`."""
-    if data.captions:
-        return [(caption_samples(data.captions, data.seed, data.kinds), Fraction(1))]
-    if data.mix and data.folder is not None:
-        raise ValueError(f"data.folder={data.folder}: with data.mix every folder is an entry of it")
+    """What the `data` keys name, each with its weight: one source, or the entries of `data.mix`."""
+    if data.mix and (data.folder is not None or data.captions):
+        raise ValueError("data.mix: every source is an entry of it; set data.folder=null and data.captions=0")
     sources = []
     for number, entry in enumerate(data.mix or [{}]):
-        if data.mix and entry.get("folder") is None:
-            raise ValueError(f"data.mix[{number}].folder: an entry needs a folder")
         source = OmegaConf.merge(data, entry)
+        if data.mix and source.folder is None and not source.captions:
+            raise ValueError(f"data.mix[{number}].folder: an entry needs a folder")
         sources.append((_read_source(source), Fraction(str(source.weight))))
     return sources
 
 
 def _read_source(data: DictConfig) -> Samples:
+    if data.captions:
+        if data.folder is not None:
+            raise ValueError(f"data.captions={data.captions}, data.folder={data.folder}: a source is one or the other")
+        return caption_samples(data.captions, data.seed, data.kinds)
     if data.format != "trajectories":
         if data.direct:
             raise ValueError(f"data.direct=true: captions (data.format={data.format}) have no trajectories")

@@ -123,10 +123,9 @@ def best_fit(goal: Goal, things: Sequence[Thing | SeenThing]) -> Fit:
     """Assign things to the goal's slots so that the most atoms hold.
 
     Atoms: presence, and shape, colour and cell where the goal gives them, relations and negations. An atom
-    counts the confidence of the things it is about; the score is the mean over atoms. In a closed goal every
-    thing too many adds the atoms of an average thing, none of which holds: like the intersection over the
-    union, the score then costs a thing too many about as much as one too few, so that drawing more than was
-    asked for, in the hope that some of it fits, does not pay.
+    counts the confidence of the things it is about; the score is the mean over atoms. In a closed goal a thing
+    too many then costs 1 / (number of things), as much as one too few: whoever is not sure of the number does
+    best to draw the likeliest one.
     """
     slots = expand(goal)
     ranked = sorted(things, key=lambda thing: -getattr(thing, "confidence", 1.0))
@@ -155,9 +154,9 @@ def best_fit(goal: Goal, things: Sequence[Thing | SeenThing]) -> Fit:
     scores = total / (atoms + len(slots.relations))
     if goal.closed:
         extras = sum(getattr(thing, "confidence", 1.0) for thing in things) - confidence[ways].sum(axis=1)
-        scores = total / (atoms + len(slots.relations) + atoms / n * np.maximum(extras, 0.0))
+        scores = scores - np.maximum(extras, 0.0) / n
     best = int(np.argmax(scores))
-    score = min(1.0, float(scores[best]))
+    score = min(1.0, max(0.0, float(scores[best])))
     chosen = tuple(order[t] if t < m else -1 for t in ways[best])
     return Fit(score, bool(score > 1.0 - 1e-9), chosen)
 

@@ -106,7 +106,7 @@ def test_train_dit_on_several_sources_with_aspects(run_recipe, world) -> None:
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["data.mix=[{folder: a}]", "data.folder=b"], "data.folder=b: with data.mix every folder is an entry of it"),
+        (["data.mix=[{folder: a}]", "data.folder=b"], "data.mix: every source is an entry of it"),
         (["data.mix=[{weight: 2}]"], "data.mix[0].folder: an entry needs a folder"),
         (["data.mix=[{folder: a, capton: detail}]"], "unknown key 'data.mix[0].capton': did you mean 'data.mix[0].cap"),
         (["data.mix=[{folder: a, workers: 2}]"], "unknown key 'data.mix[0].workers'"),

@@ -95,7 +95,7 @@ def test_drawing_more_than_was_asked_for_does_not_pay():
     goal = parse_goal("a red circle and a blue square")
     scene = (Thing("circle", "red", 0), Thing("square", "blue", 4))
     scores = [match(goal, scene + tuple(Thing("triangle", "green", 5 + i) for i in range(k))) for k in range(4)]
-    assert scores == [pytest.approx(2 / (2 + k)) for k in range(4)], "every thing too many costs, as in an IoU"
+    assert scores == [1.0, 0.5, 0.0, 0.0], "a thing too many costs as much as one too few"
     assert match(goal, scene[:1]) == pytest.approx(1 / 2)
     hedged = (scene[0], Thing("square", "green", 1), Thing("circle", "blue", 2))
     assert match(goal, hedged) < match(goal, hedged[:2])
