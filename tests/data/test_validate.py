@@ -468,6 +468,16 @@ def test_a_file_that_cannot_be_read_is_one_bad_record_and_the_others_are_read(tm
         open_corpus(tmp_path, form)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_only_has_the_name_of_a_file_is_one_bad_record(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a" / FILES[form]).mkdir(parents=True)
+    write_corpus(tmp_path / "b", form, [small(0), small(1)])
+    report = validate(tmp_path, 0, form=form)
+    assert (report.records, report.by_rule) == (3, {"bad_container": 1})
+    with pytest.raises((DataError, FileNotFoundError), match=re.escape(str(tmp_path / "a" / FILES[form]))):
+        open_corpus(tmp_path, form)
+
+
 def test_rules_of_corpora_are_those_that_are_documented() -> None:
     golden = [*IMAGES.values(), *TARS.values(), *TABLES.values(), *(row[1:] for row in FILES_GOLDEN.values())]
     text = Path(__file__).parents[2].joinpath("docs/data_format.md").read_text(encoding="utf-8")
@@ -594,6 +604,7 @@ def test_what_is_sent_to_a_worker_does_not_grow_with_the_file(tmp_path: Path) ->
         parts = list(caption_chunks(path, form, "detail"))
         assert max(len(pickle.dumps(part)) for part in parts) < 8_000
         assert [number for part in parts for number, _ in part.records] == list(range(1, 3001))
+        assert 0.9 * path.stat().st_size - 10 * 1024 <= sum(part.weight for part in parts) <= path.stat().st_size
         left_out = [number for part in parts for number, place in part.records if place is None]
         assert left_out == (list(range(1, 3001, 5)) if form == "flux_reason" else [])
 
