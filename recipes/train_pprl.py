@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from clvr_train.method.nft import blend_, old_decay
 from clvr_train.method.score import ProxyPrompt
-from clvr_train.models.adapters import OLD, POLICY, add_policies, fold, parameters, plain_copy, save_lora
+from clvr_train.models.adapters import AVERAGE, OLD, POLICY, add_policies, fold, parameters, plain_copy, save_lora
 from clvr_train.models.klein import save_klein
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.record import RolloutRecord, load_policies, policy_tensors
@@ -114,13 +114,14 @@ def main(cfg: DictConfig) -> None:
                     values |= engine.step()
             decay = old_decay(engine.steps, cfg.pprl.old_schedule)
             blend_(parameters(transformer, OLD), parameters(transformer, POLICY), decay)
+            blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             metrics.log(epoch + 1, **values, old_decay=decay)
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
             if (epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs:
                 engine.save(run / "checkpoints", epoch + 1, policy_tensors(transformer))
     logger.info("%d texts were cut to the window of %d tokens", conditioner.texts_cut, klein.window)
-    save_lora(transformer, POLICY, run / "lora")
-    save_klein(klein.folder, plain_copy(transformer, fold(transformer)), run / "model")
+    save_lora(transformer, AVERAGE, run / "lora")
+    save_klein(klein.folder, plain_copy(transformer, fold(transformer, AVERAGE)), run / "model")
 
 
 if __name__ == "__main__":

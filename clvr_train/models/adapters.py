@@ -1,5 +1,5 @@
-"""LoRA policies on one set of base weights: `policy` is trained, `old` draws the rollouts, none is the reference
-(SFT).
+"""LoRA policies on one set of base weights: `policy` is trained, `old` draws the rollouts, `average` is what is kept,
+none is the reference (SFT).
 """
 
 import shutil
@@ -16,7 +16,7 @@ from torch import Tensor
 from clvr_train.models.klein import transformer_from
 from clvr_train.runtime.files import publish_folder
 
-POLICY, OLD = "policy", "old"
+ADAPTERS = POLICY, OLD, AVERAGE = "policy", "old", "average"
 
 # Every linear layer of both block types. `to_out` is a ModuleList in double blocks and a plain Linear in single
 # ones, so
@@ -33,7 +33,7 @@ def expected_lora_layers(transformer: Flux2Transformer2DModel) -> int:
 
 
 def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int, seed: int) -> None:
-    """Adds the adapters `policy` and `old`, equal at the start (B = 0: both are the SFT model).
+    """Adds the adapters, equal at the start (B = 0: all are the SFT model).
 
     Raises:
         RuntimeError: if LoRA did not reach every linear layer of every block.
@@ -46,13 +46,17 @@ def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int,
         # peft warns of a second adapter, which is the point here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         transformer.add_adapter(config, adapter_name=OLD)
+        transformer.add_adapter(config, adapter_name=AVERAGE)
     reached = len(adapter_weights(transformer, POLICY)) // 2
     if reached != expected_lora_layers(transformer):
         raise RuntimeError(f"LoRA reached {reached} layers, expected {expected_lora_layers(transformer)}")
-    for slow, fast in zip(parameters(transformer, OLD), parameters(transformer, POLICY), strict=True):
-        slow.data.copy_(fast.data)
-        slow.requires_grad_(False)
-        fast.requires_grad_(True)
+    policy = parameters(transformer, POLICY)
+    for adapter in (OLD, AVERAGE):
+        for slow, fast in zip(parameters(transformer, adapter), policy, strict=True):
+            slow.data.copy_(fast.data)
+            slow.requires_grad_(False)
+    for parameter in policy:
+        parameter.requires_grad_(True)
     transformer.set_adapter(POLICY)
 
 
@@ -75,7 +79,7 @@ def use(transformer: Flux2Transformer2DModel, adapter: str | None) -> Iterator[N
     """Within the block the transformer is that policy (None: adapters off, the reference); afterwards `policy`
     again.
     """
-    requires_grad = [(p, p.requires_grad) for name in (POLICY, OLD) for p in parameters(transformer, name)]
+    requires_grad = [(p, p.requires_grad) for name in ADAPTERS for p in parameters(transformer, name)]
     if adapter is None:
         transformer.disable_adapters()
     else:
@@ -89,7 +93,7 @@ def use(transformer: Flux2Transformer2DModel, adapter: str | None) -> Iterator[N
             parameter.requires_grad_(value)
 
 
-def fold(transformer: Flux2Transformer2DModel, adapter: str = POLICY) -> dict[str, Tensor]:
+def fold(transformer: Flux2Transformer2DModel, adapter: str) -> dict[str, Tensor]:
     """The state dict of the plain transformer with one adapter folded in: `W + scale B A`, in float32."""
     state: dict[str, Tensor] = {}
     for name, module in transformer.named_modules():

@@ -1,4 +1,4 @@
-"""What PPRL leaves behind: `rollouts.jsonl`, grids of rollouts, and the state of both policies."""
+"""What PPRL leaves behind: `rollouts.jsonl`, grids of rollouts, and the state of the policies."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from clvr_train.method.truncation import trace
-from clvr_train.models.adapters import OLD, POLICY, adapter_weights
+from clvr_train.models.adapters import ADAPTERS, adapter_weights
 from clvr_train.pprl.rollout import Group
 from clvr_train.runtime.files import write_atomic
 
@@ -17,10 +17,10 @@ FILE = "rollouts.jsonl"
 
 
 def policy_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
-    """The LoRA weights of both policies, for a checkpoint."""
+    """The LoRA weights of all policies, for a checkpoint."""
     return {
         f"{adapter}.{name}": tensor.detach()
-        for adapter in (POLICY, OLD)
+        for adapter in ADAPTERS
         for name, tensor in adapter_weights(transformer, adapter).items()
     }
 
@@ -28,7 +28,7 @@ def policy_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
 def load_policies(transformer: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """The inverse of `policy_tensors`, in place."""
     with torch.no_grad():
-        for adapter in (POLICY, OLD):
+        for adapter in ADAPTERS:
             for name, parameter in adapter_weights(transformer, adapter).items():
                 parameter.copy_(tensors[f"{adapter}.{name}"])
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import (
+    AVERAGE,
     OLD,
     POLICY,
     adapter_weights,
@@ -47,14 +48,14 @@ def policies(tiny_klein):
 def test_policies_start_as_the_reference_and_then_part(policies):
     klein, velocity = policies
     start = velocity()
-    for adapter in (OLD, None):
+    for adapter in (OLD, AVERAGE, None):
         with use(klein.transformer, adapter):
             assert torch.equal(velocity(), start)
     for parameter in parameters(klein.transformer, POLICY):
         parameter.add_(0.1)
     moved = velocity()
     assert not torch.allclose(moved, start)
-    for adapter in (OLD, None):
+    for adapter in (OLD, AVERAGE, None):
         with use(klein.transformer, adapter):
             assert torch.equal(velocity(), start)
     assert torch.equal(velocity(), moved)
@@ -79,7 +80,7 @@ def test_folded_weights_and_saved_lora_give_the_policys_velocity(policies, tmp_p
     for i, parameter in enumerate(parameters(klein.transformer, POLICY)):
         parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
     expected = velocity()
-    save_klein(klein.folder, plain_copy(klein.transformer, fold(klein.transformer)), tmp_path / "model")
+    save_klein(klein.folder, plain_copy(klein.transformer, fold(klein.transformer, POLICY)), tmp_path / "model")
     save_lora(klein.transformer, POLICY, tmp_path / "lora")
     conditioner = Conditioner(load_klein(tmp_path / "model", expect="base", window=48, layers=(1, 2, 3)), (96, 96))
     cond = conditioner.batch([Sample("a", 2, "goal", ("edit",), (Image.new("RGB", (96, 96), "red"),))] * 2)
