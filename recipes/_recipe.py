@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from clvr_train.runtime.files import write_atomic
+from clvr_train.runtime.process import LOCK, own_folder
 from recipes._config import ConfigError, check_command, help_text, parse, pinned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -97,10 +98,13 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
     Raises:
         ConfigError: the name is empty or leaves `runs/`, or the run has begun with another config. A run of which
             nothing but the config was written has not begun: a command that failed can be put right and repeated.
+        BlockingIOError: another process is at this run.
     """
     if not cfg.run or ".." in Path(cfg.run).parts or Path(cfg.run).is_absolute():
         raise ConfigError(f"run: {cfg.run!r} is not a name for a folder under runs/")
     folder = Path("runs") / cfg.run
+    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder)
     file = folder / "config.yaml"
     text = OmegaConf.to_yaml(cfg, resolve=False)
     if file.exists():
@@ -113,13 +117,12 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
                 f"{file}: this run was made with {key}={old.get(key)} and is now asked for {new.get(key)}"
                 f" (keys that differ: {', '.join(changed)}); choose another run=... or remove the folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(file, text)
     return folder
 
 
 def _has_begun(folder: Path) -> bool:
-    written = (path for path in folder.rglob("*") if path.is_file() and path.name != "config.yaml")
+    written = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("config.yaml", LOCK))
     return any(path.stat().st_size > 0 for path in written)
 
 

@@ -11,6 +11,7 @@ from clvr_train.data.order import Order
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
+from clvr_train.runtime.process import Deferral
 from clvr_train.sft.distill import backward_distillation
 from recipes._build import build_conditioner, build_klein, is_finished
 from recipes._data import caption_samples
@@ -33,7 +34,8 @@ def main(cfg: DictConfig) -> None:
     if saved is not None:
         student.load_state_dict(saved[1])
     order = Order(len(samples), cfg.train.batch, cfg.seed)
-    with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
+    resume = engine.steps if saved else None
+    with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
         todo = range(engine.steps, cfg.train.steps)
         for step in tqdm(todo, desc="distill", initial=engine.steps, total=cfg.train.steps):
             drawn = order.batch(step)
@@ -49,8 +51,9 @@ def main(cfg: DictConfig) -> None:
                 micro_batch=cfg.train.batch,
             )
             metrics.log(engine.steps + 1, loss=loss, **engine.step())
-            if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
+            if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
                 engine.save(run / "checkpoints", engine.steps, student.state_dict())
+            sigterm.deliver()
     save_klein(klein.folder, student, run / "model", distilled=True, precision=cfg.train.save_precision)
 
 

@@ -15,6 +15,7 @@ from clvr_train.data.buckets import sizes_of_area
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
+from clvr_train.runtime.process import Deferral
 from clvr_train.sft.dit import backward_flow_matching
 from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
 from recipes._data import full_batches, read_batches, read_sources, sample_order
@@ -56,7 +57,8 @@ def main(cfg: DictConfig) -> None:
     draw = sample_order(sources, cfg.data, cfg.train.batch, cfg.seed).batch
     if cfg.train.full_batches:
         draw = full_batches(sources[0][0] if len(sources) == 1 else (), conditioner, cfg)
-    with Metrics(run, resume_step=engine.steps if saved else None, wandb=cfg.logger.wandb) as metrics:
+    resume = engine.steps if saved else None
+    with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
         drawn = map(draw, range(engine.steps, cfg.train.steps))
         batches = read_batches(sources, drawn, sizes or (size_px,), cfg.data)
         for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
@@ -72,8 +74,9 @@ def main(cfg: DictConfig) -> None:
             values = engine.step()
             if engine.steps % cfg.train.log_every == 0 or engine.steps == cfg.train.steps:
                 metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
-            if engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps:
+            if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
                 engine.save(run / "checkpoints", engine.steps, transformer.state_dict())
+            sigterm.deliver()
     save_klein(klein.folder, transformer, run / "model", precision=cfg.train.save_precision)
 
 

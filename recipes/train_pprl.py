@@ -23,6 +23,7 @@ from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import simple_prompt, trajectory_reward
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
+from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.judge import ShapesJudge
 from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
 from recipes._data import read_direct_samples, read_prompts, read_samples
@@ -93,7 +94,11 @@ def main(cfg: DictConfig) -> None:
             judge, generation, task.prompt, weight_global=cfg.pprl.weight_global, weight_edit=cfg.pprl.weight_edit
         )
 
-    with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, RolloutRecord(run, resume) as record:
+    with (
+        Metrics(run, resume, wandb=cfg.logger.wandb) as metrics,
+        RolloutRecord(run, resume) as record,
+        Deferral() as sigterm,
+    ):
         for epoch in tqdm(range(first, cfg.pprl.epochs), desc="train_pprl", initial=first, total=cfg.pprl.epochs):
             nfe_before = sampler.nfe
             tasks = mix.groups(epoch, cfg.rollout.groups)
@@ -117,8 +122,9 @@ def main(cfg: DictConfig) -> None:
             blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             metrics.log(epoch + 1, **values, old_decay=decay)
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
-            if (epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs:
+            if sigterm.pending or ((epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs):
                 engine.save(run / "checkpoints", epoch + 1, policy_tensors(transformer))
+            sigterm.deliver()
     logger.info("%d texts were cut to the window of %d tokens", conditioner.texts_cut, klein.window)
     save_lora(transformer, AVERAGE, run / "lora")
     save_klein(klein.folder, plain_copy(transformer, fold(transformer, AVERAGE)), run / "model")

@@ -97,7 +97,7 @@ class Refusals:
         if self.refused > self.max_refused * self.records:
             raise ValueError(
                 f"{self.path}: {self.refused} of {self.records} records refused, more than max_refused="
-                f"{self.max_refused} allows; see all with recipes/validate_data.py data={self.path}"
+                f"{self.max_refused} allows; recipes/validate_data.py lists them all"
             )
 
 

@@ -25,24 +25,20 @@ from PIL.Image import Image
 from clvr_train.method.score import Score
 from clvr_train.shapes.edits import Edit, apply_edits, edited, find_edits, find_target, read_mentions
 from clvr_train.shapes.render import confident_scene, read_scene
-from clvr_train.shapes.world import Scene, SeenThing, Thing, match, passes
+from clvr_train.shapes.world import Scene, SeenThing, Thing, match
 
 
 class ShapesJudge:
     """Scores pictures of the shapes world in [0, 1]."""
 
     def global_score(self, image: Image, prompt: str) -> Score:
-        """Half how far the picture shows what the prompt says (`match`), half whether it shows all of it
-        (`passes`); missing when no clause can be read.
-
-        Parts alone would reward a policy that gets each thing a little more often and the whole less often.
-        """
+        """How far the picture shows what the prompt says (`world.match`); missing when no clause can be
+        read."""
         goal = read_mentions(prompt)
         if goal is None:
             return Score(None, f"no readable clause in {prompt!r}")
-        seen = read_scene(image)
-        parts = {"match": match(goal, seen), "passes": float(passes(goal, seen))}
-        return Score(sum(parts.values()) / 2, parts=parts)
+        value = match(goal, read_scene(image))
+        return Score(value, parts={"match": value})
 
     def edit_score(self, source: Image, image: Image, instruction: str) -> Score:
         """How well `image` is `source` after the instruction.

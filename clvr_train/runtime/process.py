@@ -1,0 +1,81 @@
+"""What a run needs of its process: a folder that no other run writes to, and an end in order when asked to end."""
+
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TextIO
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+_owned: dict[Path, TextIO] = {}  # a lock is lost when its file is closed
+
+
+def own_folder(folder: Path) -> None:
+    """Makes this process the owner of a folder until it ends, however it ends; `<folder>/.lock` says who that is.
+
+    The lock is one of POSIX, of the process alone: its children have no part in it. Where the file system has none, it
+    is said and nothing is locked.
+
+    Raises:
+        BlockingIOError: another process owns it; with its pid and host.
+    """
+    path = (folder / LOCK).resolve()
+    if path in _owned:
+        return
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _HELD:
+            logger.warning("%s: no lock (%s): another run in this folder would not be noticed", folder, error.strerror)
+            file.close()
+            return
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(f"{folder}: in use by {owner}; wait for its end, or choose another run=...") from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _owned[path] = file
+
+
+class Deferral:
+    """Within the block SIGTERM waits until the loop has saved: `pending` says that it came, `deliver` obeys it.
+
+    It goes to the handler that was there before. A signal that is still pending at the end of the block is delivered
+    there, unless an exception ends it.
+    """
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def __enter__(self) -> "Deferral":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if kind is None:
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Hands a pending signal on; returns if there is none."""
+        if self.pending:
+            self.pending = False
+            signal.signal(signal.SIGTERM, self._before)
+            signal.raise_signal(signal.SIGTERM)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.pending = True
+        logger.info("terminated: the step at hand is finished and saved")
