@@ -55,24 +55,28 @@ def parse_line(line: bytes) -> object:
 def elements(file: Path) -> Iterator[tuple[int, int, object]]:
     """(number from 1, characters, record or FieldError) of a file that is one array; holds a record and a MiB of text.
 
-    After a record that is no JSON the next one cannot be found: its error is the last item.
+    After a record that is no JSON the next one cannot be found: its error is the last item. So is that of what follows
+    the array.
     """
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         text = _Text(stream)
         number = 1
         text.skip("[")
-        if text.peek() == "]":
-            return
-        while True:
+        closed = text.skip("]")
+        while not closed:
             record, size = text.record()
             yield number, size, record
             number += 1
-            if isinstance(record, FieldError) and record.rule != "bad_utf8" or text.skip("]"):
+            if isinstance(record, FieldError) and record.rule != "bad_utf8":
                 return
-            if not text.skip(","):
+            closed = text.skip("]")
+            if not closed and not text.skip(","):
                 rule = "bad_json" if text.peek() else "truncated_json"
                 yield number, 0, FieldError("record", "not JSON: ',' or ']' must follow a record", rule)
                 return
+        if text.peek():
+            message = "not JSON: only white space may follow the ']' that ends the array"
+            yield number, 0, FieldError("record", message, "bad_json")
 
 
 class _Text:

@@ -60,11 +60,19 @@ def test_an_array_that_is_cut_off_gives_what_is_whole(records: list, data: st.Da
         ("[]", []),
         ("[" + "[" * 100_000, ["bad_json"]),
         (b'["\xff\xfe", 2]', ["bad_utf8", ""]),
+        ("[1]\n[2, 3]", ["", "bad_json"]),
+        ("[1] hello", ["", "bad_json"]),
+        ("[1]\0\0", ["", "bad_json"]),
+        ("[1]]", ["", "bad_json"]),
+        ("[][1]", ["bad_json"]),
+        ("[1] \r\n\t ", [""]),
+        (b"[1]\n\xff", ["", "bad_json"]),
     ],
 )
 def test_damaged_arrays(text: str | bytes, rules: list[str]) -> None:
-    found = read(text, 1 << 20)
-    assert [item.rule if isinstance(item, FieldError) else "" for item in found] == rules
+    for chunk in (1 << 20, 7):
+        found = read(text, chunk)
+        assert [item.rule if isinstance(item, FieldError) else "" for item in found] == rules
 
 
 def test_a_record_that_is_too_long_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
