@@ -48,16 +48,15 @@ scores() { # of the models before PPRL
   stage sft_eval  evaluate.py experiment=shapes_eval run=$ROOT/eval/sft model.folder=$RUNS/sft/model
 }
 
-# Fewer steps than the experiments ask for (400 and 50), so that all of it fits in a quarter of an hour.
 stage data    make_shapes.py        experiment=shapes_data    run=$ROOT/data
 beside controller \
   stage controller train_vlm.py     experiment=shapes_train_vlm run=$ROOT/controller data.folder=$RUNS/data
 stage rl_data make_shapes.py        experiment=shapes_rl_data run=$ROOT/rl_data
 stage proxy   make_proxy_prompts.py experiment=shapes_proxy   data.folder=$RUNS/rl_data
-stage sft     train_dit.py          experiment=shapes_sft     run=$ROOT/sft data.folder=$RUNS/data train.steps=300
+stage sft     train_dit.py          experiment=shapes_sft     run=$ROOT/sft data.folder=$RUNS/data
 together
 beside scores scores
-stage pprl    train_pprl.py         experiment=shapes_pprl    run=$ROOT/pprl data.folder=$RUNS/rl_data model.folder=$RUNS/sft/model pprl.epochs=30
+stage pprl    train_pprl.py         experiment=shapes_pprl    run=$ROOT/pprl data.folder=$RUNS/rl_data model.folder=$RUNS/sft/model
 together
 beside pprl_eval \
   stage pprl_eval evaluate.py       experiment=shapes_eval    run=$ROOT/eval/pprl model.folder=$RUNS/pprl/model

@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     add_policies(transformer, rank=cfg.lora.rank, alpha=cfg.lora.alpha, seed=cfg.seed)
     conditioner = build_conditioner(klein, cfg.model, cfg.cache)
     sampler = Sampler(conditioner, steps=cfg.rollout.steps, cfg=cfg.rollout.cfg, batch=cfg.rollout.batch)
-    options = NFTOptions(cfg.pprl.beta_nft, cfg.pprl.beta_kl, cfg.pprl.adv_clip_max, cfg.pprl.weighting)
+    options = NFTOptions(**{name: cfg.pprl[name] for name in NFTOptions.__dataclass_fields__})
     engine = Engine(
         parameters(transformer, POLICY),
         lr=cfg.pprl.lr,
@@ -109,7 +109,12 @@ def main(cfg: DictConfig) -> None:
                 groups, std=cfg.pprl.std, adv_clip_max=cfg.pprl.adv_clip_max, min_valid=cfg.pprl.min_valid
             )
             items = training_items(
-                groups, steps=cfg.rollout.steps, num_times=cfg.pprl.num_times, run_seed=cfg.seed, epoch=epoch
+                groups,
+                steps=cfg.rollout.steps,
+                num_times=cfg.pprl.num_times,
+                run_seed=cfg.seed,
+                epoch=epoch,
+                anchor_share=cfg.pprl.anchor_share,
             )
             values = rollout_metrics(groups) | {"nfe": sampler.nfe - nfe_before, "items": len(items)}
             for part in range(cfg.pprl.steps_per_epoch):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,6 +151,13 @@ class Conditioner:
         """The unconditional branch of guidance: the empty prompt, references kept (as upstream)."""
         empty = self.text([""]).expand(cond.text.shape[0], -1, -1)
         return Conditioning(empty, cond.references, cond.image_ids, cond.text_ids, cond.num_target)
+
+
+def rows(cond: Conditioning, indices: Sequence[int]) -> Conditioning:
+    """The conditions of some samples of a batch."""
+    picked = torch.tensor(indices, device=cond.text.device)
+    references = None if cond.references is None else cond.references[picked]
+    return replace(cond, text=cond.text[picked], references=references)
 
 
 def by_bucket(conditioner: Conditioner, samples: Sequence[Sample], limit: int) -> list[list[int]]:

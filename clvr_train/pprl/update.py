@@ -9,33 +9,41 @@ from clvr_train.method.flow import inference_times, interpolate
 from clvr_train.method.nft import kl_loss, nft_loss
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, use
-from clvr_train.models.conditioning import Conditioner, by_bucket, predict_velocity
+from clvr_train.models.conditioning import Conditioner, by_bucket, predict_velocity, rows
 from clvr_train.pprl.rollout import Group
 from clvr_train.runtime.seeding import generator
 
 
 @dataclass(frozen=True)
 class Item:
-    """One term of an epoch's loss: a rollout at one time, with the noise that makes its `x_t`."""
+    """One term of an epoch's loss: a rollout at one time, with the noise that makes its `x_t`. `anchored`: there the
+    prediction without text is held to that of the reference.
+    """
 
     sample: Sample
     x0: torch.Tensor
     r: float
     t: float
     noise: torch.Tensor
+    anchored: bool = False
 
 
 @dataclass(frozen=True)
 class NFTOptions:
-    """The named knobs of the loss; `beta_nft` (trust region) and `beta_kl` (weight of the SFT anchor) share no name."""
+    """The named knobs of the loss; `beta_nft` (trust region) and `beta_kl` (weight of the SFT anchor) share no name.
+    `anchor`: weight of the distance to the reference without text.
+    """
 
     beta_nft: float
     beta_kl: float
     adv_clip_max: float
     weighting: str
+    anchor: float = 0.0
 
 
-def training_items(groups: Sequence[Group], *, steps: int, num_times: int, run_seed: int, epoch: int) -> list[Item]:
+def training_items(
+    groups: Sequence[Group], *, steps: int, num_times: int, run_seed: int, epoch: int, anchor_share: float = 0.0
+) -> list[Item]:
     """Every rollout that takes part, at `num_times` times of the rollout grid, in an order shuffled by (seed, epoch).
 
     The times of a rollout are stratified: the grid (1 included, 0 not) is cut into `num_times` equal parts and one time
@@ -57,7 +65,8 @@ def training_items(groups: Sequence[Group], *, steps: int, num_times: int, run_s
                 low, high = part * steps // num_times, (part + 1) * steps // num_times
                 index = low + int(torch.randint(high - low, (1,), generator=source))
                 noise = torch.randn(x0.shape, generator=source)
-                items.append(Item(group.task.sample, x0, r, grid[index], noise))
+                anchored = bool(torch.rand(1, generator=source) < anchor_share)
+                items.append(Item(group.task.sample, x0, r, grid[index], noise, anchored))
     order = torch.randperm(len(items), generator=generator("items", run_seed, epoch))
     return [items[i] for i in order.tolist()]
 
@@ -68,10 +77,12 @@ def backward_nft(
     """Adds the gradients of the mean NFT loss over the items; returns its parts and the distances between the policies.
 
     Per micro-batch: one forward of `old` and, if `beta_kl > 0`, one of the reference (adapters off), both without
-    gradient, then one of the policy. No guidance in training predictions.
+    gradient, then one of the policy. No guidance in training predictions. Anchored items cost a forward of the
+    policy and of the reference more, without text: guidance at evaluation extrapolates from that branch, which the
+    rewards say nothing about.
     """
     transformer, device = conditioner.klein.transformer, conditioner.klein.device
-    sums = {"loss_policy": 0.0, "kl": 0.0, "v_minus_v_old": 0.0}
+    sums = {"loss_policy": 0.0, "kl": 0.0, "v_minus_v_old": 0.0, "anchor": 0.0}
     samples = [item.sample for item in items]
     for indices in by_bucket(conditioner, samples, micro_batch):
         chosen = [items[i] for i in indices]
@@ -98,6 +109,15 @@ def backward_nft(
             kl = kl_loss(v, v_ref)
             sums["kl"] += kl.detach().sum().item()
             loss = loss + options.beta_kl * kl.sum() / len(items)
+        held = [k for k, item in enumerate(chosen) if item.anchored and options.anchor > 0]
+        if held:
+            free = conditioner.without_text(rows(cond, held))
+            with torch.no_grad(), use(transformer, None):
+                v_ref = predict_velocity(transformer, x_t[held], t[held], free).float()
+            anchor = kl_loss(predict_velocity(transformer, x_t[held], t[held], free).float(), v_ref)
+            sums["anchor"] += anchor.detach().sum().item()
+            loss = loss + options.anchor * anchor.sum() / len(items)
         loss.backward()
     metrics = {name: value / len(items) for name, value in sums.items()}
-    return metrics | {"loss": metrics["loss_policy"] + options.beta_kl * metrics["kl"]}
+    loss = metrics["loss_policy"] + options.beta_kl * metrics["kl"] + options.anchor * metrics["anchor"]
+    return metrics | {"loss": loss}

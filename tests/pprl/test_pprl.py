@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clvr_train.method.flow import inference_times
+from clvr_train.method.flow import inference_times, interpolate
 from clvr_train.method.score import ProxyPrompt, Score
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.adapters import OLD, POLICY, add_policies, parameters
-from clvr_train.models.conditioning import Conditioner
+from clvr_train.models.adapters import OLD, POLICY, add_policies, parameters, use
+from clvr_train.models.conditioning import Conditioner, predict_velocity
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.rollout import roll_out, rollout_metrics, set_advantages
 from clvr_train.pprl.tasks import Task, TaskMix, judgeable
@@ -111,6 +111,42 @@ def test_network_evaluations_are_those_of_the_formula(setting):
     calls.clear()
     backward_nft(sampler.conditioner, items, NFTOptions(0.5, 0.0, 5.0, "adaptive"), micro_batch=8)
     assert calls["samples"] == 2 * len(items)
+
+
+def test_the_branch_without_text_is_held_to_the_reference(setting):
+    """Two more forwards an anchored item; the term is the mean square distance there, and nothing at the start."""
+    sampler, calls = setting
+    conditioner, transformer = sampler.conditioner, sampler.conditioner.klein.transformer
+    groups = roll_out(sampler, [task("a"), task("b", 2)], chance, group_size=4, run_seed=0, epoch=0)
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, anchor_share=0.5)
+    anchored = [item for item in items if item.anchored]
+    assert 0 < len(anchored) < len(items) == 16
+    plain, held = (NFTOptions(0.5, 0.0, 5.0, "adaptive", anchor) for anchor in (0.0, 2.0))
+    calls.clear()
+    metrics = backward_nft(conditioner, items, held, micro_batch=8)
+    assert calls["samples"] == 2 * len(items) + 2 * len(anchored)
+    assert metrics["anchor"] == 0.0 and metrics["loss"] == metrics["loss_policy"]
+    with torch.no_grad():
+        for parameter in parameters(transformer, POLICY):
+            parameter.add_(0.05)
+    expected = 0.0
+    for item in anchored:
+        free = conditioner.without_text(conditioner.batch([item.sample]))
+        x_t = interpolate(item.x0[None], item.noise[None], torch.tensor([item.t]))
+        with torch.no_grad():
+            v = predict_velocity(transformer, x_t, torch.tensor([item.t]), free)
+            with use(transformer, None):
+                v_ref = predict_velocity(transformer, x_t, torch.tensor([item.t]), free)
+        expected += (v - v_ref).square().mean().item() / len(items)
+    transformer.zero_grad()
+    without = backward_nft(conditioner, items, plain, micro_batch=8)
+    gradient = [p.grad.clone() for p in parameters(transformer, POLICY)]
+    transformer.zero_grad()
+    metrics = backward_nft(conditioner, items, held, micro_batch=8)
+    assert metrics["anchor"] == pytest.approx(expected, rel=1e-4) and without["anchor"] == 0.0
+    assert metrics["loss"] == pytest.approx(without["loss"] + 2.0 * expected, rel=1e-5)
+    assert any(not p.grad.equal(g) for p, g in zip(parameters(transformer, POLICY), gradient, strict=True))
 
 
 def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
