@@ -139,21 +139,24 @@ def micro_batches(batch: int, settings: Settings) -> int:
 def cheapest_fit(settings: Settings, fits: Callable[[Settings], bool]) -> dict[str, object] | None:
     """The least change of settings that `fits`, or None.
 
-    One change comes before two, two before three. Among as many, the order is: activation checkpointing, a higher ZeRO
-    stage, the 8-bit optimizer, a smaller micro-batch, the optimizer on the host; of each, the weakest that helps.
+    In order: activation checkpointing, a higher ZeRO stage, the 8-bit optimizer, a smaller micro-batch, the optimizer
+    on the host. One of these is used only where those before it, alone or together, do not do; then with as few of
+    them as will do, and of each the weakest.
     """
     ways = {key: values for key, values in stronger(settings).items() if values}
-    for number in range(len(ways) + 1):
-        for keys in itertools.combinations(ways, number):
-            for values in itertools.product(*(ways[key] for key in keys)):
-                changes = dict(zip(keys, values, strict=True))
-                if fits(replace(settings, **changes)):
-                    return changes
+    order = list(ways)
+    subsets = [keys for number in range(len(order) + 1) for keys in itertools.combinations(order, number)]
+    subsets.sort(key=lambda keys: order.index(keys[-1]) if keys else -1)  # stable: fewer come first
+    for keys in subsets:
+        for values in itertools.product(*(ways[key] for key in keys)):
+            changes = dict(zip(keys, values, strict=True))
+            if fits(replace(settings, **changes)):
+                return changes
     return None
 
 
 def stronger(settings: Settings) -> Mapping[str, list]:
-    """For each setting the values that need less memory, from weak to strong; in the order of `cheapest_fit`."""
+    """For each setting the values that need less memory, from weak to strong, in the order of `cheapest_fit`."""
 
     def after(key: str) -> list[str]:
         choices = CHOICES[key]
