@@ -22,7 +22,7 @@ from clvr_train.data.cells import Cells, open_parquet
 from clvr_train.data.images import target_image
 from clvr_train.data.jsonstream import parse_line
 from clvr_train.data.order import Blocks
-from clvr_train.data.records import DataError, FieldError, check_text
+from clvr_train.data.records import DataError, FieldError, check_text, shown
 from clvr_train.data.tar_index import Span, index_tar, read_head, read_span
 from clvr_train.method.trajectory import Sample, StoredImage
 
@@ -294,7 +294,7 @@ def fine_t2i_sample(name: str, path: Path, record: int, key: str, members: dict[
     goal = _fine_t2i_caption(path, key, members)
     ending = next((ending for ending in _IMAGE_ENDINGS if ending in members), None)
     if ending is None:
-        raise FieldError("jpg", f"{key!r} has no image beside it", "missing_image")
+        raise FieldError("jpg", f"{shown(key)} has no image beside it", "missing_image")
     offset, size = members[ending]
     image = StoredImage(
         f"{path}:{record}:{ending}",
@@ -307,7 +307,7 @@ def fine_t2i_sample(name: str, path: Path, record: int, key: str, members: dict[
 def _fine_t2i_caption(path: Path, key: str, members: dict[str, Span]) -> str:
     """The text that the image of a record shows."""
     if "json" not in members:
-        raise FieldError("json", f"{key!r} has none", "missing_field")
+        raise FieldError("json", f"{shown(key)} has none", "missing_field")
     try:
         fields = parse_line(read_span(path, *members["json"]))
     except FieldError as error:
@@ -320,6 +320,8 @@ def _fine_t2i_caption(path: Path, key: str, members: dict[str, Span]) -> str:
     for field in (flag, source):
         if field not in fields:
             raise FieldError(f"json.{field}", "is missing", "missing_field")
-    field = "enhanced_prompt" if fields[flag] is True or fields[source] in PHOTO_SOURCES else "prompt"
+    if not isinstance(fields[flag], bool | None):  # null of photographs
+        raise FieldError(f"json.{flag}", f"must be true, false or null, not {shown(fields[flag])}", "wrong_type")
+    field = "enhanced_prompt" if fields[flag] or fields[source] in PHOTO_SOURCES else "prompt"
     check_caption(fields.get(field), f"json.{field}")
     return fields[field]

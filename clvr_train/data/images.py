@@ -16,8 +16,12 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from clvr_train.data.records import one_line
 from clvr_train.method.trajectory import ImageLike, StoredImage
 
+# What is opened, known by its first bytes. Pillow's other formats are films, icons and documents, and to read EPS it
+# would run Ghostscript. Phones write JPEGs with a preview behind the picture, which it calls MPO.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
 # 7000 x 7000 is far beyond what the models take, and below Pillow's own warning (89 million).
 MAX_PIXELS = 50_000_000
 # What is below or beyond these, upstream refuses as a reference.
@@ -28,8 +32,8 @@ PREPROCESSING_VERSION = 1
 _HEAD_BYTES = 65_536
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own, before ours
 # What Pillow raises on damaged bytes; the last five come of its readers of TIFF and AVIF, among others.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
-_UNREADABLE += (TypeError, IndexError, KeyError, OverflowError, RuntimeError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, *_TOO_LARGE)
+UNREADABLE += (TypeError, IndexError, KeyError, OverflowError, RuntimeError)
 
 
 class ImageError(ValueError):
@@ -39,8 +43,13 @@ class ImageError(ValueError):
     """
 
     def __init__(self, message: str, rule: str = "unreadable_image") -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.rule = rule
+
+
+def open_still(source: Path | io.BytesIO) -> Image.Image:
+    """The image, not decoded, if it is in one of `FORMATS`: the one place where files are opened. Raises as Pillow."""
+    return Image.open(source, formats=FORMATS)
 
 
 def open_image(image: ImageLike, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -74,7 +83,7 @@ def image_size(image: ImageLike, max_pixels: int = MAX_PIXELS) -> tuple[int, int
             return _turned_size(_checked(opened, name, max_pixels))
     except ImageError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(name, error) from error
 
 
@@ -88,13 +97,13 @@ def image_name(image: ImageLike) -> str:
 def _open_file(image: Path | StoredImage, max_pixels: int) -> Image.Image:
     name = image_name(image)
     try:
-        with Image.open(_encoded(image)) as opened:
+        with open_still(_encoded(image)) as opened:
             orientation(_checked(opened, name, max_pixels))
             opened.load()
             return _to_rgb(opened)
     except ImageError:
         raise
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(name, error) from error
 
 
@@ -103,9 +112,9 @@ def _open_header(image: Path | StoredImage) -> Image.Image:
     if isinstance(image, StoredImage) and image.head is not None:
         head = image.head(_HEAD_BYTES)
         if head.startswith((b"\x89PNG", b"\xff\xd8")):  # other formats count their frames over the whole file
-            with contextlib.suppress(*_UNREADABLE):
-                return Image.open(io.BytesIO(head))
-    return Image.open(_encoded(image))
+            with contextlib.suppress(*UNREADABLE):
+                return open_still(io.BytesIO(head))
+    return open_still(_encoded(image))
 
 
 def _encoded(image: Path | StoredImage) -> Path | io.BytesIO:
@@ -116,7 +125,7 @@ def _unreadable(name: str, error: BaseException) -> ImageError:
     if isinstance(error, FileNotFoundError):
         return ImageError(f"{name}: no such file", "missing_image")
     if isinstance(error, Image.UnidentifiedImageError):
-        return ImageError(f"{name}: not an image", "not_an_image")
+        return ImageError(f"{name}: not an image in {', '.join(FORMATS)}", "not_an_image")
     rule = "too_many_pixels" if isinstance(error, _TOO_LARGE) else "unreadable_image"
     return ImageError(f"{name}: unreadable image ({' '.join(str(error).split())})", rule)
 
@@ -125,7 +134,7 @@ def _checked(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} px"
         raise ImageError(f"{name}: {size} is more than the {max_pixels} px allowed; resize it", "too_many_pixels")
-    if getattr(image, "n_frames", 1) > 1:
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # an MPO is its first frame
         raise ImageError(f"{name}: an animated image ({image.n_frames} frames); save one frame", "animated")
     if image.mode in ("I", "F"):
         raise ImageError(f"{name}: mode {image.mode} has no fixed range; save it with 8 bits a channel", "mode")

@@ -21,10 +21,29 @@ _DRAWN_MARKER = "<IMG_GEN_"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def one_line(text: str, limit: int = 500) -> str:
+    """Text for a message: what cannot be printed is escaped, and the middle of what is longer than `limit` left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _middle_out(text, limit))
+    return _middle_out(text, limit)
+
+
+def _middle_out(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[len(text) + 5 - (limit - limit // 2) :]}"
+
+
+def shown(value: object) -> str:
+    """A value of a record for a message: in quotes if it is a text, in one line of at most 80 characters."""
+    return one_line(repr(value), 80)
+
+
 class FieldError(ValueError):
-    """A field of a record breaks a rule; `rule` is its short code. Who knows file and record makes a `DataError`."""
+    """A field of a record breaks a rule; `rule` is its short code. Who knows file and record makes a `DataError`.
+
+    Its texts are kept in one line.
+    """
 
     def __init__(self, field: str, message: str, rule: str) -> None:
+        field, message = one_line(field), one_line(message)
         super().__init__(field, message, rule)
         self.field, self.message, self.rule = field, message, rule
 
@@ -36,11 +55,12 @@ class DataError(ValueError):
     """A record is not usable: `<file>:<number of the record>: <field>: <message>`, and the short code of the rule."""
 
     def __init__(self, file: Path | str, record: int, field: str, message: str, rule: str) -> None:
+        field, message = one_line(field), one_line(message)
         super().__init__(str(file), record, field, message, rule)  # as they stand, so that workers can send it
         self.file, self.record, self.field, self.message, self.rule = self.args
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.record}: {self.field}: {self.message}"
+        return f"{one_line(self.file)}:{self.record}: {self.field}: {self.message}"
 
     @classmethod
     def at(cls, file: Path | str, record: int, error: FieldError) -> "DataError":
@@ -148,7 +168,7 @@ def _turn_value(turn: object, index: int) -> str:
         raise FieldError(f"conversations[{index + 1}]", "must be an object with 'from' and 'value'", "wrong_type")
     if turn.get("from") != role:
         if turn.get("from") not in ROLES:
-            message = f"{turn.get('from')!r:.60} is no role; must be {role!r}: human and gpt take turns"
+            message = f"{shown(turn.get('from'))} is no role; must be {role!r}: human and gpt take turns"
             raise FieldError(field, message, "unknown_role")
         raise FieldError(field, f"must be {role!r}: human and gpt take turns", "turn_order")
     if not isinstance(turn.get("value"), str):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clvr_train.data.jsonstream import elements, is_array, lines, parse_line
 from clvr_train.data.paths import path_inside
-from clvr_train.data.records import DataError, Entry, FieldError, to_record
+from clvr_train.data.records import DataError, Entry, FieldError, shown, to_record
 from clvr_train.data.stored import encoded_images
 from clvr_train.method.trajectory import Trajectory
 
@@ -102,7 +102,7 @@ def write_trajectories(folder: Path, trajectories: Iterable[Trajectory]) -> int:
 def check_new_id(name: str, seen: set[str]) -> None:
     """Note an id. Raises `FieldError` if it was noted before."""
     if name in seen:
-        raise FieldError("id", f"{name!r} stands in an earlier record too", "duplicate_id")
+        raise FieldError("id", f"{shown(name)} stands in an earlier record too", "duplicate_id")
     seen.add(name)
 
 

@@ -1,9 +1,11 @@
 """Every record of a data set held against every rule, in parallel, on past the bad ones."""
 
+import contextlib
 import io
 import multiprocessing
 import signal
 import warnings
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,14 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags
 
 from clvr_train.data import captions, readers
 from clvr_train.data.captions import ENDINGS, IMAGE_BYTES, fine_t2i_sample, flux_reason_sample, row_groups
 from clvr_train.data.cells import Cells
-from clvr_train.data.images import ImageError, orientation
+from clvr_train.data.images import UNREADABLE, ImageError, image_name, open_still, orientation
 from clvr_train.data.readers import check_pixels, chunks, open_entry
-from clvr_train.data.records import Chunk, DataError, FieldError
+from clvr_train.data.records import Chunk, DataError, FieldError, one_line
 from clvr_train.data.sharegpt import check_new_id
 from clvr_train.data.stored import in_memory
 from clvr_train.data.tar_index import numbered_records
@@ -29,6 +31,7 @@ from clvr_train.method.trajectory import Sample, StoredImage
 FORMS = ("trajectories", *ENDINGS)
 MAX_OFFENDERS = 10_000
 _CHUNK_ROWS, _CHUNK_RECORDS = 256, 32  # of parquet, of tars
+_MAY_HOLD_EXIF = {b"eXIf", b"tEXt", b"zTXt", b"iTXt"}  # chunks of a PNG: ImageMagick writes EXIF as text
 _CHUNKS_AHEAD = 4  # of a worker: what is read and not yet checked stays bounded
 
 # What a refused record broke: the codes of all rules, and what each asks for.
@@ -59,7 +62,8 @@ RULES = {
     "outside_root": "images lie inside the folder",
     "missing_image": "the image is there",
     "not_an_image": "the bytes are an image",
-    "unreadable_image": "the image is whole",
+    "unreadable_image": "the image can be decoded",
+    "damaged_png": "the chunks of a PNG are whole, to the last one (IEND)",
     "too_many_pixels": "at most 50 million pixels",
     "small_side": "at least 64 px a side",
     "aspect": "an aspect of at most 8",
@@ -95,6 +99,8 @@ class Report:
         """Counts, `by_rule` as {rule: n}, and `offenders` as objects of file, record, field, rule, message."""
         keys = ("file", "record", "field", "rule", "message")
         offenders = [{key: getattr(error, key) for key in keys} for error in self.offenders]
+        for offender in offenders:
+            offender["file"] = one_line(offender["file"])  # a name that is no UTF-8 could not be written
         by_rule = dict(self.by_rule.most_common())
         return {"records": self.records, "refused": self.refused, "by_rule": by_rule, "offenders": offenders}
 
@@ -288,7 +294,8 @@ def check_strictly(image: Path | StoredImage) -> None:
     """Refuse also what this project's preprocessing would mend and other programs may not.
 
     Raises:
-        ImageError: as `data.readers.check_pixels`; or for an EXIF orientation, a palette with transparency, CMYK.
+        ImageError: as `data.readers.check_pixels`; or for a PNG of damaged chunks, an EXIF orientation, a palette with
+            transparency, CMYK.
     """
     if isinstance(image, StoredImage):
         try:
@@ -296,9 +303,11 @@ def check_strictly(image: Path | StoredImage) -> None:
         except OSError as error:
             raise ImageError(f"{image.name}: unreadable image ({error})") from error
     check_pixels(image)
-    name, source = (image.name, io.BytesIO(image.read())) if isinstance(image, StoredImage) else (image, image)
-    with Image.open(source) as opened:
+    name, content = image_name(image), image.read() if isinstance(image, StoredImage) else image.read_bytes()
+    with open_still(io.BytesIO(content)) as opened:
         turned = orientation(opened)
+        if opened.format == "PNG" and _check_chunks(name, content) and turned == 1:
+            turned = _orientation_behind(content)
         if turned != 1:
             message = f"{name}: EXIF orientation {turned}; turn the pixels and save it without"
             raise ImageError(message, "exif_rotation")
@@ -307,6 +316,35 @@ def check_strictly(image: Path | StoredImage) -> None:
             raise ImageError(message, "palette_transparency")
         if opened.mode == "CMYK":
             raise ImageError(f"{name}: CMYK; convert it to sRGB and save it as RGB", "cmyk")
+
+
+def _check_chunks(name: str, content: bytes) -> bool:
+    """Go over the chunks of a PNG to IEND, which Pillow can do without; tell if EXIF may stand behind the pixels.
+
+    Raises:
+        ImageError: for a chunk that is cut off; for a wrong checksum of one that a decoder must read (PNG, 5.4).
+    """
+    at, kind, kinds = 8, b"", []
+    while kind != b"IEND":
+        end = at + 8 + int.from_bytes(content[at : at + 4])
+        kind, checksum = content[at + 4 : at + 8], content[end : end + 4]
+        if len(checksum) < 4:
+            raise ImageError(f"{name}: a PNG that is cut off before its end (IEND); save it again", "damaged_png")
+        if kind[:1].isupper() and int.from_bytes(checksum) != zlib.crc32(memoryview(content)[at + 4 : end]):
+            message = f"{name}: a PNG whose chunk {kind.decode('latin-1')} has a wrong checksum; save it again"
+            raise ImageError(message, "damaged_png")
+        kinds.append(kind)
+        at = end + 4
+    behind = kinds[len(kinds) - kinds[::-1].index(b"IDAT") :] if b"IDAT" in kinds else kinds
+    return not _MAY_HOLD_EXIF.isdisjoint(behind)
+
+
+def _orientation_behind(content: bytes) -> int:
+    """The orientation that Pillow tells of a PNG once it is decoded; 1 of EXIF that cannot be read."""
+    with contextlib.suppress(*UNREADABLE), open_still(io.BytesIO(content)) as opened:
+        opened.load()
+        return opened.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1
 
 
 # ---------------------------------------------------------------------------- the pool

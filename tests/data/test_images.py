@@ -73,6 +73,29 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         check_image(tmp_path / "film.gif")
 
 
+def test_what_needs_a_program_is_not_opened_whatever_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **options: pytest.fail(f"{args}"))
+    for name in ("drawing.eps", "drawing.png"):
+        noise(64, 64).save(tmp_path / name, "EPS")
+        for opened in (open_image, check_image):
+            with pytest.raises(ImageError, match=f"{name}: not an image in JPEG, PNG, ") as error:
+                opened(tmp_path / name)
+            assert error.value.rule == "not_an_image"
+
+
+def test_a_phones_picture_is_its_first_frame(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path, plain = tmp_path / "phone.jpg", tmp_path / "plain.jpg"
+    noise(80, 70).save(path, "MPO", save_all=True, append_images=[noise(40, 35)], exif=exif)
+    noise(80, 70).save(plain, "JPEG", exif=exif)
+    stored = StoredImage("tar:1:image", partial(Path.read_bytes, path), lambda limit: path.read_bytes()[:limit])
+    with Image.open(path) as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert image_size(path) == image_size(stored) == (80, 70)
+    assert np.array_equal(open_image(path), open_image(plain)) and np.array_equal(open_image(stored), open_image(plain))
+
+
 def test_tensor_round_trip_is_exact() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     tensor = to_tensor(Image.fromarray(pixels))

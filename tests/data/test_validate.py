@@ -70,13 +70,34 @@ def png(width: int, height: int, bits: int) -> bytes:
     """A PNG whose header promises so many pixels, and which holds next to none."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)),
               (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")]  # fmt: skip
-    body = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-            for kind, data in chunks]  # fmt: skip
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
 
 
 def cut(record: dict, folder: Path) -> dict:
     return image((folder / record["images"][1]).read_bytes()[:-300])(record, folder)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk behind the pixels."""
+    whole = encoded(picture(1, (64, 80)))
+    return whole[:-12] + chunk(kind, data) + whole[-12:]
+
+
+def broken_checksum(kind: bytes) -> bytes:
+    whole = bytearray(with_chunk(b"tIME", bytes(7)))
+    at = whole.index(kind)
+    whole[at + 4 + int.from_bytes(whole[at - 4 : at])] ^= 1
+    return bytes(whole)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
 
 
 def rotated() -> dict:
@@ -85,6 +106,8 @@ def rotated() -> dict:
     return {"exif": exif}
 
 
+TURNED = rotated()["exif"].tobytes()
+RAW_PROFILE = b"Raw profile type exif\0\0" + zlib.compress(f"\nexif\n{len(TURNED)}\n{TURNED.hex()}\n".encode())
 TWO_FRAMES = {"save_all": True, "append_images": [picture(2)]}
 CLEAR = Image.new("RGBA", (64, 64), (255, 0, 0, 0)).quantize(4)
 # name: (rule, field, what is done to a good record)
@@ -125,6 +148,11 @@ GOLDEN: dict[str, tuple[str, str, Change]] = {
     "missing image": ("missing_image", "images[2]", second_image("images/none.png")),
     "no image": ("not_an_image", "images[2]", image(b"hello")),
     "empty image": ("not_an_image", "images[2]", image(b"")),
+    "what Ghostscript would draw": ("not_an_image", "images[2]", image(picture(1), "EPS")),
+    "icon": ("not_an_image", "images[2]", image(picture(1), "ICO")),
+    "png without its end": ("damaged_png", "images[2]", image(encoded(picture(1))[:-12])),
+    "png with a part of its end": ("damaged_png", "images[2]", image(encoded(picture(1))[:-3])),
+    "pixels with a wrong checksum": ("damaged_png", "images[2]", image(broken_checksum(b"IDAT"))),
     "truncated image": ("unreadable_image", "images[2]", cut),
     "bomb": ("too_many_pixels", "images[2]", image(png(60_000, 60_000, 1))),
     "nearly a bomb": ("too_many_pixels", "images[2]", image(png(10_000, 10_000, 1))),
@@ -137,11 +165,13 @@ GOLDEN: dict[str, tuple[str, str, Change]] = {
     "float": ("mode", "images[2]", image(Image.new("F", (64, 64)), "TIFF")),
     "exif": ("exif_rotation", "images[2]", image(picture(1, (64, 80)), "JPEG", **rotated())),
     "exif in png": ("exif_rotation", "images[2]", image(picture(1, (64, 80)), "PNG", **rotated())),
+    "exif behind the pixels": ("exif_rotation", "images[2]", image(with_chunk(b"eXIf", TURNED[6:]))),
+    "exif as text": ("exif_rotation", "images[2]", image(with_chunk(b"zTXt", RAW_PROFILE))),
     "palette": ("palette_transparency", "images[2]", image(CLEAR)),
     "palette gif": ("palette_transparency", "images[2]", image(CLEAR, "GIF", transparency=0)),
     "cmyk": ("cmyk", "images[2]", image(Image.new("CMYK", (64, 64)), "JPEG")),
 }
-ONLY_VALIDATION = {"exif_rotation", "palette_transparency", "cmyk"}
+ONLY_VALIDATION = {"damaged_png", "exif_rotation", "palette_transparency", "cmyk"}
 ELSEWHERE = {"empty_file", "bad_container", "too_long"}  # tested below, and with the readers
 
 
@@ -199,6 +229,58 @@ def test_good_data_in_every_form_passes(tmp_path: Path) -> None:
         assert report.as_json() == {"records": 40, "refused": 0, "by_rule": {}, "offenders": []}
         size = sum(file.stat().st_size for file in (tmp_path / str(number)).iterdir() if file.is_file())
         assert size / 2 < sum(seen) <= size
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_png_cut_anywhere_is_refused_and_one_that_only_says_more_passes(tmp_path: Path) -> None:
+    whole, path = encoded(picture(1)), tmp_path / "x.png"
+    for cut_off in range(1, 25):
+        path.write_bytes(whole[:-cut_off])
+        with pytest.raises(ImageError) as error:
+            check_strictly(path)
+        assert error.value.rule == ("damaged_png" if cut_off <= 20 else "unreadable_image")
+    upright, bad_exif = Image.Exif(), b"II*\0" + b"\xff" * 20
+    upright[0x0112] = 1
+    for good in (whole, whole + b"more", broken_checksum(b"tIME"), with_chunk(b"tEXt", b"date\0today"),
+                 with_chunk(b"eXIf", upright.tobytes()[6:]), with_chunk(b"eXIf", bad_exif)):  # fmt: skip
+        path.write_bytes(good)
+        check_strictly(path)
+
+
+def test_the_first_frame_of_a_phones_picture_is_read(tmp_path: Path) -> None:
+    records = good_records(tmp_path, 1)
+    for exif, rules in (({}, {}), (rotated(), {"exif_rotation": 1})):
+        change = image(picture(1, (80, 64)), "MPO", save_all=True, append_images=[picture(2, (64, 64))], **exif)
+        write_lines(tmp_path, [change(records[0], tmp_path)])
+        with Image.open(tmp_path / "images/bad") as opened:
+            assert opened.n_frames == 2
+        assert validate(tmp_path, 0).by_rule == rules
+        assert len(list(read_trajectories(tmp_path, decode=True))) == 1
+
+
+def test_messages_are_one_short_line_whatever_the_data_hold(tmp_path: Path) -> None:
+    long = "line\n\x1b[31m\u2028" + "x" * 100_000
+    (record,) = good_records(tmp_path, 1)
+    folder = tmp_path / "two\nlines\udcff"
+    folder.mkdir()
+    records = [
+        {**record, "images": [long, "x"]},
+        {**record, "images": ["images/a\nb.png", "x"]},
+        turn(1, **{"from": long})(record, tmp_path),
+        turn(1, value="hm\n" + long.replace("\n", ""))(record, tmp_path),
+        {**record, "id": long},
+        {**record, "id": long, "images": []},
+    ]
+    write_lines(folder, records)
+    report = validate(folder, 0)
+    assert report.refused == len(records)
+    for error in report.offenders:
+        assert str(error).isprintable() and len(str(error)) < 800 + len(str(tmp_path))
+    json.dumps(report.as_json(), ensure_ascii=False).encode()
+    key = "k\n" * 40
+    file = write_tar(tmp_path / "a.tar", [(f"{key}.json", b"{}")])
+    (error,) = validate(file, 0, form="fine_t2i").offenders
+    assert str(error).isprintable() and len(error.message) < 150
 
 
 def test_ids_are_compared_over_all_files(tmp_path: Path) -> None:
@@ -282,12 +364,6 @@ def small(number: int) -> bytes:
     return corpora.picture(number, (66, 64))
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
 # name: (rule, bytes of the image)
 IMAGES: dict[str, tuple[str, bytes]] = {
     "no image": ("not_an_image", b"hello"),
@@ -300,6 +376,9 @@ IMAGES: dict[str, tuple[str, bytes]] = {
     "animated": ("animated", encoded(picture(1), "WEBP", **TWO_FRAMES)),
     "float": ("mode", encoded(Image.new("F", (64, 64)), "TIFF")),
     "exif": ("exif_rotation", encoded(picture(1, (64, 80)), "JPEG", **rotated())),
+    "png without its end": ("damaged_png", encoded(picture(1))[:-12]),
+    "exif behind the pixels": ("exif_rotation", with_chunk(b"eXIf", TURNED[6:])),
+    "what Ghostscript would draw": ("not_an_image", encoded(picture(1), "EPS")),
     "palette": ("palette_transparency", encoded(CLEAR)),
     "cmyk under .jpg": ("cmyk", corpora.picture(1, mode="CMYK")),
 }
@@ -311,6 +390,8 @@ TARS: dict[str, tuple[str, str, Callable[[Members], Members]]] = {
         "1", small(1), enhanced_prompt=["a"])),
     "half a character": ("bad_text", "json.prompt", lambda m: fine_t2i_record(
         "1", small(1), "x", prompt="\ud800", image_generated_with_enhanced_prompt=False)),
+    "flag not a boolean": ("wrong_type", "json.image_generated_with_enhanced_prompt", lambda m: fine_t2i_record(
+        "1", small(1), image_generated_with_enhanced_prompt="false")),
     "no image member": ("missing_image", "jpg", lambda m: m[1:]),
     "no json": ("missing_field", "json", lambda m: [m[0], m[2]]),
     "no source": ("missing_field", "json.image_generator", lambda m: [
@@ -554,9 +635,8 @@ def test_any_number_of_processes_and_any_chunks_find_the_same(tmp_path: Path, mo
     for workers in (0, 2):
         again = validate(tmp_path, workers, form=form, caption="text")
         assert (again.as_json(), again.left_out) == (alone.as_json(), alone.left_out)
-    left_out = 2 * 3 + 3 if form == "flux_reason" else 0  # every third row of 9
-    assert alone.left_out == {"flux_reason": 9, "fine_t2i": 0}[form] == left_out
-    assert alone.records == 27 + 1 - left_out
+    assert alone.left_out == {"flux_reason": 12, "fine_t2i": 0}[form]  # every third row of 10
+    assert alone.records == 3 * 10 + 1 - alone.left_out
     if form == "fine_t2i":
         assert alone.refused == len(IMAGES) + 1
     files = [error.file for error in alone.offenders]
