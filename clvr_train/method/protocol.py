@@ -13,7 +13,7 @@ from clvr_train.method.trajectory import ACTIONS, DRAWING_ACTIONS, Step
 
 IMAGE_TURN = "<image>"
 CONTINUE_TURN = "continue"
-_ACTION_LINE = re.compile(r"([a-z]+)(?: <IMG_GEN_([1-9][0-9]{0,3})>)?")
+_ACTION_LINE = re.compile(r"([a-z]+)(?: <IMG_GEN_([^<>\s]*)>)?")
 _MARKER = re.compile(r"<IMG_GEN_([0-9]{1,9})>")
 
 
@@ -62,8 +62,8 @@ def parse_turn(text: str, next_image: int) -> tuple[str, str]:
     draws = action in DRAWING_ACTIONS
     if draws != (number is not None):
         raise ProtocolError(f"{action!r} {'needs' if draws else 'takes no'} <IMG_GEN_n>", "image_number")
-    if draws and int(number) != next_image:
-        raise ProtocolError(f"<IMG_GEN_{number}> where <IMG_GEN_{next_image}> comes next", "image_number")
+    if draws and number != str(next_image):
+        raise ProtocolError(f"<IMG_GEN_{number[:20]}> where <IMG_GEN_{next_image}> comes next", "image_number")
     if action == "edit" and next_image == 1:
         raise ProtocolError("'edit' before any image", "unknown_image")
     return reasoning, action

@@ -12,6 +12,7 @@ IMAGE = Image.new("RGB", (8, 8))
     (Step("Two lines\nof thought.", "edit", IMAGE), 12),
     (Step("Is it there?", "verify"), 0),
     (Step("Done.", "stop"), 3),
+    (Step("One more.", "edit", IMAGE), 10_000),
 ])
 def test_parse_is_the_inverse_of_format(step: Step, number: int) -> None:
     assert parse_turn(format_turn(step, number), number) == (step.reasoning, step.action)
@@ -33,6 +34,13 @@ def test_parse_is_the_inverse_of_format(step: Step, number: int) -> None:
 def test_malformed_turn_is_named(text: str, number: int, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         parse_turn(text, number)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "01", "1.0", "+1", "", "n", "10000", "１", "9" * 5000])
+def test_a_number_that_is_not_the_next_is_named_with_the_one_that_is(number: str) -> None:
+    with pytest.raises(ProtocolError, match=r"^<IMG_GEN_.{0,20}> where <IMG_GEN_1> comes next$") as error:
+        parse_turn(f"Thinking.\ngenerate <IMG_GEN_{number}>", 1)
+    assert error.value.rule == "image_number"
 
 
 def test_messages_keep_the_true_order() -> None:
