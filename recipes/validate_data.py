@@ -7,6 +7,7 @@ any record is refused.
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -32,6 +33,18 @@ def table(report: Report, show: int) -> str:
     return "\n".join(lines)
 
 
+def _check_writable(file: Path) -> None:
+    """Make the folder of a report, and try there what writing it will do. Raises `OSError`."""
+    if file.is_dir():
+        raise IsADirectoryError(f"report={file}: is a folder; name a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise OSError(f"report={file}: cannot be written ({error.strerror})") from error
+
+
 @recipe("validate_data")
 def main(cfg: DictConfig) -> None:
     data, file = Path(cfg.data), cfg.report and Path(cfg.report)
@@ -39,9 +52,7 @@ def main(cfg: DictConfig) -> None:
     if workers < 0:
         raise ValueError(f"workers={workers}: a number of processes, or 0 for this one")
     if file:  # found out now, not after hours
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError(f"report={file}: is a folder; name a file")
+        _check_writable(file)
     total = sum(path.stat().st_size for path in data_files(data, cfg.format))
     with tqdm(total=total, unit="B", unit_scale=True, desc="validate_data") as bar:
 

@@ -7,6 +7,8 @@ import pytest
 
 from tests.data.corpora import fine_t2i_record, flux_reason_rows, picture, write_flux_reason, write_tar
 
+IN_A_FILE = "runs/data/trajectories.jsonl/a.json"
+
 
 @pytest.fixture
 def damaged(world, tmp_path):
@@ -50,6 +52,8 @@ def test_bad_records_are_counted_named_and_end_in_status_1(world, run_recipe, da
         (["data=nowhere"], "nowhere/trajectories.jsonl: no such file"),
         (["data=runs/data", "workers=-1"], "workers=-1: "),
         (["data=runs/data", "report=runs"], "report=runs: is a folder"),
+        (["data=runs/data", "report=/proc/a.json"], "report=/proc/a.json: cannot be written (No such file"),
+        (["data=runs/data", f"report={IN_A_FILE}"], f"report={IN_A_FILE}: cannot be written ("),
         (["data=runs/data", "format=tar"], "format='tar' is not one of trajectories, flux_reason, fine_t2i"),
         (["data=runs/data", "format=fine_t2i"], "runs/data: no file *.tar there"),
     ],
@@ -57,6 +61,7 @@ def test_bad_records_are_counted_named_and_end_in_status_1(world, run_recipe, da
 def test_what_cannot_be_validated(world, run_recipe, overrides, message):
     result = run_recipe(world, "validate_data", *overrides, check=False)
     assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "validate_data:" not in result.stderr  # found before the walk
 
 
 def test_a_share_of_bad_records_may_be_left_out(world, run_recipe, damaged):
@@ -83,7 +88,7 @@ def test_a_corpus_of_captions(world, run_recipe, tmp_path):
     lines = result.stderr.splitlines()
     assert "7 records, 2 refused; 3 more have no such caption and are left out" in lines
     assert lines[-1] == f"error: {tmp_path / 'flux'}: 2 of 7 records refused; all in {report}"
-    assert f"  {file}:5: image: {file}:5:image: not an image" in lines
+    assert any(line.startswith(f"  {file}:5: image: {file}:5:image: not an image in JPEG, PNG, ") for line in lines)
     found = json.loads(report.read_text())
     assert set(found) == {"records", "refused", "by_rule", "offenders"}
     assert found["by_rule"] == {"not_an_image": 1, "bad_container": 1}
