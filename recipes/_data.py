@@ -131,6 +131,37 @@ def _read_source(data: DictConfig) -> Samples:
     return samples
 
 
+def encode_ahead(
+    sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner, data: DictConfig
+) -> list[tuple[Samples, Fraction]]:
+    """Encodes the samples that are held in lists, and leaves out those with an image that cannot be read; of corpora,
+    states what a cache will hold.
+
+    Raises:
+        DataError, ValueError: more than `data.max_refused` of a source cannot be read.
+    """
+    usable = []
+    for number, (samples, weight) in enumerate(sources):
+        if not isinstance(samples, list):
+            conditioner.announce(len(samples))
+            usable.append((samples, weight))
+            continue
+        folder = data.mix[number].folder if data.mix else data.folder
+        refusals = Refusals(folder or "captions", data.max_refused)
+        failed = {index: (k, error) for index, k, error in conditioner.prime(samples, partial(tqdm, desc="encode"))}
+        kept = []
+        for index, sample in enumerate(samples):
+            if index in failed:
+                k, error = failed[index]
+                refusals.refuse(DataError(folder, sample.trajectory_id, f"images[{k}]", str(error), error.rule))
+            else:
+                refusals.accept()
+                kept.append(sample)
+        refusals.finish()
+        usable.append((kept, weight))
+    return usable
+
+
 def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, batch: int, seed: int) -> Order | Mix:
     """The order of the samples of all sources, one after the other: all once an epoch, or in set shares of sources and
     of kinds (`data.t2i_share`, CLVR A.6). The shares of sources hold within a kind.
@@ -180,10 +211,9 @@ def fit_target(sample: Sample, sizes: Sequence[Size]) -> Sample:
 def read_batches(
     sources: Sequence[tuple[Samples, Fraction]], batches: Iterable[list[Drawn]], sizes: Sequence[Size], data: DictConfig
 ) -> Iterator[list[tuple[Drawn, Sample]]]:
-    """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out."""
+    """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out: a batch may have
+    none.
+    """
     parts = [s if isinstance(s, list) else Mapped(s, partial(fit_target, sizes=sizes)) for s, _ in sources]
     workers = 0 if all(isinstance(part, list) for part in parts) else data.workers
-    for batch in read_ahead(ConcatDataset(parts), batches, workers=workers, max_refused=data.max_refused):
-        if not batch:
-            raise ValueError("every sample of a batch was refused: see the warnings above")
-        yield batch
+    yield from read_ahead(ConcatDataset(parts), batches, workers=workers, max_refused=data.max_refused)

@@ -6,7 +6,6 @@ same command again.
 
 import logging
 import math
-from functools import partial
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.sft.dit import backward_flow_matching
 from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
-from recipes._data import full_batches, read_batches, read_sources, sample_order
+from recipes._data import encode_ahead, full_batches, read_batches, read_sources, sample_order
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,7 @@ def main(cfg: DictConfig) -> None:
     size_px = tuple(cfg.model.size_px)
     sizes = sizes_of_area(round(math.sqrt(math.prod(size_px))), klein.token_px) if cfg.data.aspects else ()
     conditioner = build_conditioner(klein, cfg.model, cfg.cache, sizes)
-    in_lists = [sample for samples, _ in sources if isinstance(samples, list) for sample in samples]
-    conditioner.prime(in_lists, progress=partial(tqdm, desc="encode"))
+    sources = encode_ahead(sources, conditioner, cfg.data)
     logger.info(
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
         sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,

@@ -32,7 +32,7 @@ def fit_trace(
     """The trace cut to `window` tokens: goal and newest reasoning stay, the oldest reasonings go first.
 
     A whole reasoning is dropped at a time. If the goal and the newest reasoning alone are too long, words are cut
-    from the front of that reasoning; if the goal alone is too long, words are cut from its end.
+    from the front of that reasoning; if the goal alone is too long, words are cut from its end, or characters where no word fits.
 
     Args:
         count: number of tokens of a text, template included.
@@ -42,7 +42,7 @@ def fit_trace(
         The text, and how many tokens of the full trace it lacks (0: nothing was cut).
 
     Raises:
-        ValueError: if not even one word of the goal fits.
+        ValueError: if not even one character of the goal fits.
     """
     text = trace(goal, reasonings)
     full = count(text)
@@ -57,10 +57,20 @@ def fit_trace(
         while words and count(trace(goal, [" ".join(words)])) > window:
             words.pop(0)
         text = trace(goal, [" ".join(words)] if words else [])
-    words = goal.split(" ")
-    while count(text) > window:
-        words.pop()
-        if not words:
-            raise ValueError(f"text window of {window} tokens holds no word of the goal {goal!r}")
-        text = " ".join(words)
+    if count(text) > window:
+        words = goal.split(" ")
+        text = " ".join(words[: _most(len(words), lambda n: count(" ".join(words[:n])) <= window)])
+        if not text.strip():  # a language without spaces, or one long word
+            text = goal[: _most(len(goal), lambda n: count(goal[:n]) <= window)]
+        if not text.strip():
+            raise ValueError(f"text window of {window} tokens holds nothing of the goal {goal[:80]!r}")
     return text, full - count(text)
+
+
+def _most(n: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 0 .. n that fits, where all smaller ones do."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clvr_train.data.buckets import Size, nearest_bucket
 from clvr_train.data.cache import TensorCache
+from clvr_train.data.images import ImageError
 from clvr_train.method.trajectory import Sample
 from clvr_train.method.truncation import fit_trace
 from clvr_train.models.encoding import Encoder, Memory, Picture
@@ -102,11 +103,37 @@ class Conditioner:
         found = self.encoder.texts(texts)
         return torch.stack([found[text] for text in texts]).to(self.klein.device)
 
-    def prime(self, samples: Sequence[Sample], progress: Callable[[list], Iterable] = iter) -> None:
-        """Encodes the texts and images of samples ahead; see `models.encoding.Encoder.prime`."""
-        pictures = [Picture(image) for sample in samples for image in sample.references]
-        pictures += [self._target(sample) for sample in samples if sample.target is not None]
-        self.encoder.prime(["", *map(self.fitted_text, samples)], pictures, progress)
+    def prime(
+        self, samples: Sequence[Sample], progress: Callable[[list], Iterable] = iter
+    ) -> list[tuple[int, int, ImageError]]:
+        """Encodes the texts and images of samples ahead; see `models.encoding.Encoder.prime`.
+
+        Returns:
+            (index, k, error) of every sample that cannot be used: its k-th image cannot be read.
+        """
+        texts = ["", *map(self.fitted_text, samples)]
+        pictures = [self._pictures(sample) for sample in samples]
+        unreadable = self.encoder.prime(texts, [picture for some in pictures for picture in some], progress)
+        failed = []
+        for index, some in enumerate(pictures):
+            keys = map(self.encoder.key, some)
+            failed += [(index, k, unreadable[key]) for k, key in enumerate(keys, start=1) if key in unreadable][:1]
+        return failed
+
+    def announce(self, num_samples: int) -> None:
+        """States what a cache will hold of samples that are encoded when they are drawn, and checks that it fits.
+
+        Raises:
+            OSError: as `models.encoding.Encoder.check_disk`.
+        """
+        largest = max(map(math.prod, map(self.klein.grid, self.target_sizes or (self.size_px,))))
+        image_bytes = largest * self.klein.transformer.config.in_channels * self.klein.vae.dtype.itemsize
+        self.encoder.check_disk(num_samples, [image_bytes] * num_samples)
+
+    def _pictures(self, sample: Sample) -> list[Picture]:
+        """References, then the target."""
+        target = [] if sample.target is None else [self._target(sample)]
+        return [*map(Picture, sample.references), *target]
 
     def target(self, sample: Sample) -> Tensor:
         """Tokens (N, C) of the sample's target image."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from clvr_train.data.cache import Description, TensorCache, bytes_on_disk, readable
 from clvr_train.data.images import (
     PREPROCESSING_VERSION,
+    ImageError,
     image_name,
     image_size,
     open_image,
@@ -119,11 +120,11 @@ class Encoder:
         Raises:
             ImageError: as `data.images.open_image` and `check_size`.
         """
-        distinct = {self._key(picture): picture for picture in pictures}
+        distinct = {self.key(picture): picture for picture in pictures}
         found = {key: self._known_picture(picture) for key, picture in distinct.items()}
         missing = [key for key, tokens in found.items() if tokens is None]
         found |= zip(missing, self._encode_pictures([distinct[key] for key in missing]), strict=True)
-        return [found[self._key(picture)] for picture in pictures]
+        return [found[self.key(picture)] for picture in pictures]
 
     def view(self, picture: Picture) -> View:
         """How the picture is preprocessed, from the header of its file."""
@@ -133,18 +134,22 @@ class Encoder:
 
     def prime(
         self, texts: Iterable[str], pictures: Iterable[Picture], progress: Callable[[list], Iterable] = iter
-    ) -> None:
-        """Encodes ahead what the cache lacks; of what is not cached, all that memory holds, or nothing if it is less.
+    ) -> dict[tuple, ImageError]:
+        """Encodes ahead what the cache lacks; of what is not cached, all that memory holds, or nothing if it is less:
+        then images are decoded, to see that they can be.
 
         Args:
             progress: wraps the list of what is to do, as tqdm does.
+
+        Returns:
+            What is wrong with pictures that cannot be read, by `key`.
 
         Raises:
             OSError: the disk has no room for what is missing; nothing is written then.
         """
         texts = [text for text in dict.fromkeys(texts) if not self._keeps_text(text)]
         pictures = sorted(self._not_kept(pictures), key=lambda picture: self.view(picture).size_px)
-        self._check_disk(len(texts) if self._text_cache else 0, pictures if self._image_cache else [])
+        self.check_disk(len(texts), list(map(self._picture_bytes, pictures)))
         in_memory = 0 if self._text_cache else self._text_bytes * len(texts)
         in_memory += 0 if self._image_cache else sum(map(self._picture_bytes, pictures))
         if in_memory > self.memory.limit_bytes:
@@ -153,22 +158,45 @@ class Encoder:
                 readable(in_memory), readable(self.memory.limit_bytes),
             )  # fmt: skip
             texts = texts if self._text_cache else []
-            pictures = pictures if self._image_cache else []
+        read = self._encode_pictures
+        if in_memory > self.memory.limit_bytes and not self._image_cache:
+            read = self._decode
+        unreadable: dict[tuple, ImageError] = {}
         work = [partial(self._encode_texts, part) for part in _parts(texts, self._group)]
-        work += [partial(self._encode_pictures, part) for part in _parts(pictures, self._group)]
+        work += [partial(self._try, read, part, unreadable) for part in _parts(pictures, self._group)]
         for encode in progress(work):
             encode()
+        return unreadable
 
-    def _check_disk(self, num_texts: int, pictures: Sequence[Picture]) -> None:
-        """States what is about to be written, and refuses it where it does not fit."""
-        if not self._image_cache or not num_texts + len(pictures):
+    def _try(self, read: Callable[[Sequence[Picture]], object], part: Sequence[Picture], failed: dict) -> None:
+        """Reads some pictures; where one of them cannot be read, each by itself."""
+        try:
+            read(part)
+        except ImageError as error:
+            if len(part) == 1:
+                failed[self.key(part[0])] = error
+                return
+            for picture in part:
+                self._try(read, [picture], failed)
+
+    def _decode(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            self._pixels(picture)
+
+    def check_disk(self, num_texts: int, image_bytes: Sequence[int]) -> None:
+        """States what will be written of so many texts, and of images of so many bytes each.
+
+        Raises:
+            OSError: it does not fit.
+        """
+        num_texts = num_texts if self._text_cache else 0
+        if not self._image_cache or not num_texts + len(image_bytes):
             return
-        total = num_texts * bytes_on_disk(self._text_bytes)
-        total += sum(bytes_on_disk(self._picture_bytes(picture)) for picture in pictures)
-        largest = max(map(self._picture_bytes, pictures), default=0)
+        total = num_texts * bytes_on_disk(self._text_bytes) + sum(map(bytes_on_disk, image_bytes))
+        largest = max(image_bytes, default=0)
         free = self._image_cache.free_bytes()
         what = (
-            f"{num_texts} texts of {readable(self._text_bytes)} and {len(pictures)} images of up to"
+            f"{num_texts} texts of {readable(self._text_bytes)} and {len(image_bytes)} images of up to"
             f" {readable(largest)}: {readable(total)} to write, {readable(free)} free"
         )
         if total > free:
@@ -195,7 +223,8 @@ class Encoder:
             self.memory.put(key, size_px, 200)
         return size_px
 
-    def _key(self, picture: Picture) -> tuple:
+    def key(self, picture: Picture) -> tuple:
+        """What tells a picture from others, while the process lives."""
         return "image", _identity(picture.image), self.view(picture)
 
     def _text_description(self, text: str) -> Description:
@@ -211,7 +240,7 @@ class Encoder:
         return self.memory.get(("text", text)) is not None
 
     def _not_kept(self, pictures: Iterable[Picture]) -> list[Picture]:
-        distinct = {self._key(picture): picture for picture in pictures}
+        distinct = {self.key(picture): picture for picture in pictures}
         if not self._image_cache:
             return [picture for key, picture in distinct.items() if self.memory.get(key) is None]
         paths = {self._image_path(picture): picture for picture in distinct.values()}
@@ -229,7 +258,7 @@ class Encoder:
         return state
 
     def _known_picture(self, picture: Picture) -> Tensor | None:
-        known = self.memory.get(self._key(picture))
+        known = self.memory.get(self.key(picture))
         if known is not None or not self._image_cache:
             return known and known[0]
         tokens = self._image_cache.get(self._image_description(picture, _held(picture.image)[0]))
@@ -242,7 +271,7 @@ class Encoder:
 
     def _remember_picture(self, picture: Picture, tokens: Tensor) -> None:
         """A decoded image is known by its identity, so that its tokens go when the object does."""
-        key, alive = self._key(picture), None
+        key, alive = self.key(picture), None
         if not isinstance(picture.image, (Path, StoredImage)):
             alive = weakref.ref(picture.image, lambda _: self.memory.drop(key))
         self.memory.put(key, (tokens, alive), tokens.nbytes)

@@ -38,9 +38,12 @@ def backward_flow_matching(
     of the batch.
 
     Args:
+        samples: none gives no gradients and a loss that is not a number.
         seeds: the position of every sample, e.g. (run seed, epoch, trajectory id, step).
         shift, fixed_mu: see `method.flow.sample_times`. text_dropout: probability of the empty text.
     """
+    if not samples:
+        return LossOutputs(math.nan, {})
     transformer = conditioner.klein.transformer
     device = conditioner.klein.device
     total, per_reference_count = 0.0, {}
