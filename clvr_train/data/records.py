@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from clvr_train.method.protocol import CONTINUE_TURN, IMAGE_TURN, ProtocolError, format_turn, parse_turn
+from clvr_train.method.protocol import CONTINUE_TURN, IMAGE_TURN, MEDIA_MARKERS, ProtocolError, format_turn, parse_turn
 from clvr_train.method.trajectory import DRAWING_ACTIONS, ImageLike, Step, Trajectory
 
 ROLES = ("human", "gpt")
 _FIELDS = {"id": str, "conversations": list, "images": list}
+_TURN_FIELD = re.compile(r"conversations\[([0-9]+)\](|\.from|\.value)")
+_NAMES = {".from": ".role", ".value": ".content"}
 _DRAWN_MARKER = "<IMG_GEN_"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -71,6 +73,24 @@ class DataError(ValueError):
 Resolve = Callable[[object, str], ImageLike]
 
 
+class Foreign(dict):
+    """A record in the project's own form whose turns have other names in its file.
+
+    There they stand in `key`, behind `turns_before` more, with `role` and `content` if it is "messages".
+    """
+
+    key = "conversations"
+    turns_before = 0
+
+    def in_file(self, field: str) -> str:
+        """What a field of the own form is called in the file."""
+        turn = _TURN_FIELD.fullmatch(field)
+        if turn is None:
+            return self.key if field == "conversations" else field
+        name = _NAMES.get(turn[2], turn[2]) if self.key == "messages" else turn[2]
+        return f"{self.key}[{int(turn[1]) + self.turns_before}]{name}"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A record as its file holds it.
@@ -105,6 +125,15 @@ def to_trajectory(record: object, resolve: Resolve) -> Trajectory:
     Raises:
         FieldError: for the first rule that the record breaks.
     """
+    try:
+        return _to_trajectory(record, resolve)
+    except FieldError as error:
+        if not isinstance(record, Foreign):
+            raise
+        raise FieldError(record.in_file(error.field), error.message, error.rule) from error
+
+
+def _to_trajectory(record: object, resolve: Resolve) -> Trajectory:
     if not isinstance(record, dict):
         raise FieldError("record", "must be a JSON object", "wrong_type")
     for field, kind in _FIELDS.items():
@@ -152,6 +181,9 @@ def _check_goal(goal: str, field: str) -> None:
         raise FieldError(field, message, "image_marker")
     if _DRAWN_MARKER in goal:
         raise FieldError(field, f"the goal holds {_DRAWN_MARKER}n>, and nothing is drawn yet", "unknown_image")
+    for marker in MEDIA_MARKERS:
+        if marker in goal:
+            raise FieldError(field, f"the goal holds {marker}, and a trajectory holds images only", "no_place")
 
 
 def _check_answer(action: str, answer: str | None, field: str) -> None:

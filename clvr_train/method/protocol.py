@@ -13,6 +13,8 @@ from clvr_train.method.trajectory import ACTIONS, DRAWING_ACTIONS, Step
 
 IMAGE_TURN = "<image>"
 CONTINUE_TURN = "continue"
+# What others write where a film or a sound stands; a trajectory holds images only.
+MEDIA_MARKERS = ("<video>", "<audio>")
 _ACTION_LINE = re.compile(r"([a-z]+)(?: <IMG_GEN_([^<>\s]*)>)?")
 _MARKER = re.compile(r"<IMG_GEN_([0-9]{1,9})>")
 
@@ -75,6 +77,9 @@ def _check_reasoning(reasoning: str, next_image: int) -> None:
             raise ProtocolError(f"the reasoning names <IMG_GEN_{number}>, which is not drawn yet", "unknown_image")
     if IMAGE_TURN in reasoning or "<IMG_GEN_" in reasoning:
         raise ProtocolError("an image marker stands inside the reasoning", "image_marker")
+    for marker in MEDIA_MARKERS:
+        if marker in reasoning:
+            raise ProtocolError(f"{marker} stands inside the reasoning; there are only images", "no_place")
 
 
 def chat_messages(goal: str, steps: Sequence[Step]) -> list[dict]:

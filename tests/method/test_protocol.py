@@ -30,6 +30,7 @@ def test_parse_is_the_inverse_of_format(step: Step, number: int) -> None:
     ("Thinking.\nedit <IMG_GEN_1>", 1, "before any image"),
     ("See <image>.\nstop", 1, "image marker"),
     ("See <IMG_GEN_1>.\nstop", 2, "image marker"),
+    ("See <video>.\nstop", 1, "<video> stands inside the reasoning"),
 ])
 def test_malformed_turn_is_named(text: str, number: int, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
