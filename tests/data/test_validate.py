@@ -140,7 +140,7 @@ GOLDEN: dict[str, tuple[str, str, Change]] = {
     "image not shown": ("wrong_answer", "conversations[3].value", turn(2, value="nice")),
     "image too many": ("image_count", "images", lambda r, f: {**r, "images": r["images"] * 2}),
     "url": ("url", "images[2]", second_image("http://localhost:1/a.png")),
-    "base64": ("base64", "images[2]", second_image("iVBORw0KGgo" * 500)),
+    "base64": ("base64", "images[2]", second_image("iVBORw0KGgo" * 20)),
     "bad answer of KTO": ("no_place", "kto_tag", fields(kto_tag=False)),
     "up": ("outside_root", "images[2]", second_image("../x.png")),
     "absolute": ("outside_root", "images[2]", second_image("/etc/passwd")),
