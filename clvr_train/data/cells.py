@@ -15,13 +15,19 @@ import pyarrow.parquet as pq
 # 1024 rows or less, which may be all of the row group); reading goes through a buffer of the second size.
 BLOCK_BYTES = 4 * 2**20
 _BUFFER_BYTES = 2**20
-_OPEN = 4  # files, and row groups where nobody asks for another number
+_OPEN = 4  # footers that are kept, and row groups that are open where nobody asks for another number
 
 T = TypeVar("T")
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
     """A parquet file that is read through a small buffer, not a column of a row group at once.
+
+    For one `iter_batches` at a time: it sets the number of rows of a batch for all that were begun before, which then
+    lose rows without a word.
+
+    Args:
+        footer: of the file, if it was read already.
 
     Raises:
         OSError: if it cannot be opened, is no parquet file, or was cut short.
@@ -29,14 +35,14 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        return pq.ParquetFile(path, metadata=footer, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise OSError(f"{path}: no parquet file, or cut short ({_reason(error)})") from error
 
 
-def kept_parquet(path: Path) -> pq.ParquetFile:
-    """The same, opened once by every thread: a footer may name thousands of row groups. Raises as `open_parquet`."""
-    return _files.newest.get(_version(path), partial(open_parquet, path))
+def kept_footer(path: Path) -> pq.FileMetaData:
+    """The footer, read once by every thread: it may name thousands of row groups. Raises as `open_parquet`."""
+    return _footers.newest.get(_version(path), lambda: open_parquet(path).metadata)
 
 
 def _version(path: Path) -> tuple[Path, int, int]:
@@ -101,12 +107,12 @@ class _Newest:
         return value
 
 
-class _Files(threading.local):
+class _Footers(threading.local):
     def __init__(self) -> None:
         self.newest = _Newest(_OPEN)
 
 
-_files = _Files()
+_footers = _Footers()
 _cells = Cells(_OPEN)
 
 
@@ -114,17 +120,21 @@ class _Group:
     """A row group, of which every column that is asked for is read for itself."""
 
     def __init__(self, path: Path, group: int) -> None:
-        self._file, self._group = kept_parquet(path), group
+        self._path, self._footer, self._group = path, kept_footer(path), group
         self._columns: dict[str, _Column] = {}
 
     def value(self, row: int, column: str) -> object:
         if column not in self._columns:
-            self._columns[column] = _Column(self._file, self._group, column)
+            self._columns[column] = _Column(open_parquet(self._path, self._footer), self._group, column)
         return self._columns[column].value(row)
 
 
 class _Column:
-    """A column of a row group, read forwards a block of rows at a time; the block at hand begins with row `first`."""
+    """A column of a row group, read forwards a block of rows at a time; the block at hand begins with row `first`.
+
+    Args:
+        file: read by nobody else (`open_parquet`).
+    """
 
     def __init__(self, file: pq.ParquetFile, group: int, column: str) -> None:
         self._file, self._group, self._column = file, group, column

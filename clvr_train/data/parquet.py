@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clvr_train.data.cells import kept_parquet, read_cell
+from clvr_train.data.cells import kept_footer, open_parquet, read_cell
 from clvr_train.data.paths import new_folder, path_inside
 from clvr_train.data.records import DataError, Entry, FieldError, to_record
 from clvr_train.data.sharegpt import check_new_id
@@ -65,7 +65,7 @@ def _decoded(batch: pa.RecordBatch) -> dict | FieldError:
 def parquet_chunks(file: Path) -> Iterator[ParquetChunk]:
     """The row groups of a parquet file; of the file itself only the footer is read."""
     try:
-        metadata = kept_parquet(file).metadata
+        metadata = kept_footer(file)
     except (pa.ArrowException, OSError) as error:
         yield ParquetChunk(file, file.stat().st_size, 0, 1, _unreadable(error))
         return
@@ -103,10 +103,21 @@ def read_image(file: Path, group: int, row: int, index: int) -> bytes:
 
 
 def _rows(file: Path, group: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a row group one at a time: one of a stranger may be larger than memory."""
-    opened = kept_parquet(file)
+    """The rows of a row group one at a time: one of a stranger may be larger than memory.
+
+    Raises:
+        OSError: if it cannot be read, or holds another number of rows than the footer says.
+    """
+    opened = open_parquet(file, kept_footer(file))  # its own, whatever else is read meanwhile
     columns = [name for name in opened.schema_arrow.names if name in _COLUMNS]
-    return opened.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False)
+    expected, row = opened.metadata.row_group(group).num_rows, 0
+    for batch in opened.iter_batches(batch_size=1, row_groups=[group], columns=columns, use_threads=False):
+        if batch.num_rows != 1:
+            raise OSError(f"row group {group + 1} gave {batch.num_rows} rows where one was asked for")
+        row += 1
+        yield batch
+    if row != expected:
+        raise OSError(f"row group {group + 1} has {row} rows, and the footer says {expected}")
 
 
 # ---------------------------------------------------------------------------- writing

@@ -144,6 +144,28 @@ def test_every_thread_has_a_position_of_its_own(folder, counts):
     assert found == [noise(row) for row in (9, 0, 19, 10)] and started == {(5, 0, IMAGE): 2}
 
 
+def test_columns_and_row_groups_keep_blocks_of_their_own_size(folder, monkeypatch):
+    """What is read of one begins anew between any two blocks of another."""
+    monkeypatch.setattr(cells, "BLOCK_BYTES", 5000)
+    reader, path, sizes, read = Cells(3), folder / "5.parquet", {}, cells._Column._read
+
+    def measured(column):
+        blocks = sizes.setdefault((column._group, column._column), [])
+        for block in read(column):
+            blocks.append(len(block))
+            yield block
+
+    monkeypatch.setattr(cells._Column, "_read", measured)
+    for row in range(0, ROWS, 2):
+        for group in range(3):
+            if row >= 4 * group:
+                assert reader.read(path, group, row, IMAGE) == noise(group * ROWS + row)
+            if row >= 5 * group:
+                assert reader.read(path, group, row, CAPTION) == f"detail of picture {group * ROWS + row}"
+    assert [sizes[group, CAPTION] for group in range(3)] == [[20]] * 3
+    assert [sizes[group, IMAGE] for group in range(3)] == [[4] * 5] * 3
+
+
 def test_what_is_open_is_not_pickled(folder, counts):
     sample = FluxReason(folder, window=3)[0]
     assert sample.target.read() == noise(0)

@@ -1,3 +1,4 @@
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -107,6 +108,27 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     del own["images"]
     with pytest.raises(DataError, match="images: is missing"):
         list(read_trajectories(write(tmp_path / "x.parquet", own)))
+
+
+@pytest.mark.parametrize(("rows", "message"), [(3, "gave 3 rows where one was asked for"), (0, "gave 0 rows")])
+def test_rows_that_come_together_are_an_error(tmp_path: Path, monkeypatch, rows: int, message: str) -> None:
+    """As of a reader that somebody else reads too: nothing is left out without a word."""
+    file, real = write(tmp_path / "x.parquet", *(record(f"t{n}") for n in range(5))), pq.ParquetFile.iter_batches
+
+    def together(opened: pq.ParquetFile, batch_size: int, **options: object):
+        return (batch.slice(0, rows) for batch in real(opened, max(rows, 1), **options))
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", together)
+    with pytest.raises(DataError, match=f":1: record: .*row group 1 {message}") as error:
+        list(read_trajectories(file))
+    assert error.value.rule == "bad_container"
+
+
+def test_rows_that_are_missing_are_an_error(tmp_path: Path, monkeypatch) -> None:
+    file, real = write(tmp_path / "x.parquet", *(record(f"t{n}") for n in range(5))), pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *given, **options: islice(real(*given, **options), 3))
+    with pytest.raises(DataError, match=r":4: record: .*row group 1 has 3 rows, and the footer says 5"):
+        list(read_trajectories(file))
 
 
 def test_a_file_that_changed_is_an_error(tmp_path: Path) -> None:

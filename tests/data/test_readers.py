@@ -23,6 +23,7 @@ from tests.data.examples import content, data_sets, good_records, image_bytes, p
 
 WRITERS = {"json": write_trajectories, "parquet": write_parquet, "tar": write_shards}
 every_writer = pytest.mark.parametrize("form", WRITERS)
+IMAGES_OF_33 = [[encoded(image)[0] for image in trajectory(f"t{n}", n).images] for n in range(33)]
 
 
 @settings(max_examples=20, deadline=None)
@@ -37,6 +38,42 @@ def test_nothing_is_lost_from_one_form_to_the_next(data: list[Trajectory], forms
             bytes_now = [image_bytes(t) for t in after]
             assert kept is None or bytes_now == kept
             before, kept = after, bytes_now
+
+
+@pytest.mark.parametrize("second", WRITERS)
+@pytest.mark.parametrize("first", WRITERS)
+def test_nothing_is_lost_where_a_form_is_written_while_another_is_read(tmp_path: Path, first: str, second: str) -> None:
+    data = [trajectory(f"t{n}", n) for n in range(33)]
+    WRITERS[first](tmp_path / "first", data)
+    assert WRITERS[second](tmp_path / "second", read_trajectories(tmp_path / "first")) == len(data)
+    assert [content(t) for t in read_trajectories(tmp_path / "second")] == [content(t) for t in data]
+
+
+@pytest.fixture(scope="module")
+def of_33(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of 33 trajectories in every form; of parquet one of a single row group and one of row groups of 7."""
+    folder, data = tmp_path_factory.mktemp("of_33"), [trajectory(f"t{n}", n) for n in range(33)]
+    for form, write in WRITERS.items():
+        write(folder / form, data)
+    files = {form: find_files(folder / form)[0] for form in WRITERS}
+    pq.write_table(pq.read_table(files["parquet"]), folder / "small.parquet", row_group_size=7)
+    return files | {"small row groups": folder / "small.parquet"}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_whatever_images_are_opened_while_reading_nothing_is_lost(of_33: dict[str, Path], data: st.DataObject) -> None:
+    """After any record any image that was read so far, in any order."""
+    file = of_33[data.draw(st.sampled_from(sorted(of_33)))]
+    some = st.lists(st.tuples(st.integers(0, 32), st.integers(0, 1)), max_size=4)
+    opened = data.draw(st.lists(some, min_size=33, max_size=33))
+    read: list[Trajectory] = []
+    for one in read_trajectories(file):
+        read.append(one)
+        for back, image in opened[len(read) - 1]:
+            seed = back % len(read)
+            assert image_bytes(read[seed])[image] == IMAGES_OF_33[seed][image]
+    assert [t.id for t in read] == [f"t{n}" for n in range(33)]
 
 
 @every_writer
