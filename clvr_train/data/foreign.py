@@ -20,6 +20,7 @@ _NO_PLACE = dict.fromkeys(("tools", "videos", "audios", "objects"), _REMOVE) | d
 _EMPTY = (None, "", [], {})
 # Forms that hold no list of turns: the keys by which they are known.
 _NOT_READ = {("query", "response"): "ms-swift", ("instruction", "output"): "Alpaca"}
+KEYS = (*_NO_PLACE, "label", "system", *(key for keys in _NOT_READ for key in keys))  # what is looked at besides turns
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}")
 _BASE64_IMAGES = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk0")  # PNG, JPEG, WebP, GIF, BMP
 

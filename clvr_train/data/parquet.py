@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clvr_train.data.cells import kept_footer, open_parquet, read_cell
+from clvr_train.data.foreign import KEYS
 from clvr_train.data.paths import new_folder, path_inside
 from clvr_train.data.records import DataError, Entry, FieldError, to_record
 from clvr_train.data.sharegpt import check_new_id
@@ -22,7 +23,7 @@ from clvr_train.method.trajectory import ImageLike, StoredImage, Trajectory
 
 FILE_NAME = "trajectories-{:05d}.parquet"
 GROUP_BYTES, FILE_BYTES, _GROUP_ROWS = 4 << 20, 1 << 30, 256
-_COLUMNS = ("id", "conversations", "messages", "system", "tools", "images")
+_COLUMNS = ("id", "conversations", "messages", "images", *KEYS)
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(_TURN)), ("images", pa.list_(_IMAGE))])

@@ -72,6 +72,8 @@ BAD = {
     "an empty cell": ({"images": [IMAGES[0], None]}, "images[2]", "wrong_type"),
     "no image": ({"images": [IMAGES[0], b"no"]}, "images[2]", "not_an_image"),
     "cut image": ({"images": [IMAGES[0], IMAGES[1][:20]]}, "images[2]", "not_an_image"),
+    "a bad answer": ({"kto_tag": False}, "kto_tag", "no_place"),
+    "of two answers": ({"rejected": "a red square"}, "rejected", "no_place"),
     "outside": ({"images": [{"bytes": None, "path": "../x.png"}] * 2}, "images[1]", "outside_root"),
 }
 
