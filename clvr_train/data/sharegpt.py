@@ -72,30 +72,34 @@ def write_trajectories(folder: Path, trajectories: Iterable[Trajectory]) -> int:
     """Write `trajectories.jsonl` and the images beside it, and return how many trajectories there were.
 
     An image that lies in a file keeps its bytes, a decoded one becomes a PNG. `trajectories.jsonl` appears, or replaces
-    an older one, only once the last record is written: who finds it finds all of it. A killed call leaves at most
-    `trajectories.jsonl.tmp` and image files, which the next call overwrites.
+    an older one, only once the last record is written: who finds it finds all of it. No image file that is there is
+    changed: where its name is taken by other bytes, an image gets a name with their hash. A call that fails leaves
+    what it found; a killed one at most `trajectories.jsonl.tmp` and image files besides.
 
     Raises:
-        DataError: if an id comes twice, a text breaks the protocol, or an image is unreadable.
+        DataError: if an id comes twice, a text breaks the protocol, or an image is unreadable or of no use.
     """
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     staging = folder / (FILE_NAME + ".tmp")
     seen: set[str] = set()
+    made: list[str] = []
     try:
         with staging.open("w", encoding="utf-8") as stream:
             for number, trajectory in enumerate(trajectories, start=1):
                 try:
                     check_new_id(trajectory.id, seen)
-                    record = _write_images(folder, trajectory)
+                    record = _write_images(folder, trajectory, made)
                 except FieldError as error:
                     raise DataError.at(folder / FILE_NAME, number, error) from error
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
+        made.clear()  # they stay, from here on
         os.replace(staging, folder / FILE_NAME)
     finally:
-        staging.unlink(missing_ok=True)
+        for name in (staging.name, *made):
+            (folder / name).unlink(missing_ok=True)
     return len(seen)
 
 
@@ -106,15 +110,33 @@ def check_new_id(name: str, seen: set[str]) -> None:
     seen.add(name)
 
 
-def _write_images(folder: Path, trajectory: Trajectory) -> dict:
+def _write_images(folder: Path, trajectory: Trajectory, made: list[str]) -> dict:
+    """The record of a trajectory, its images written; `made` gets the files that this added."""
     safe = _ID_FOR_FILES.fullmatch(trajectory.id)
     stem = trajectory.id if safe else "id-" + sha256(trajectory.id.encode(errors="replace")).hexdigest()[:32]
     contents = encoded_images(trajectory)
-    names = [f"images/{stem}_{number}.{suffix}" for number, (_, suffix) in enumerate(contents, start=1)]
+    names = [
+        _free_name(folder, f"images/{stem}_{number}", content, suffix)
+        for number, (content, suffix) in enumerate(contents, start=1)
+    ]
     record = to_record(trajectory, names)
     for name, (content, _) in zip(names, contents, strict=True):
         path = folder / name
-        staging = path.with_name(path.name + ".tmp")
-        staging.write_bytes(content)
-        os.replace(staging, path)
+        if not _holds(path, content):
+            staging = folder / f"{name}.tmp"
+            made.append(f"{name}.tmp")
+            staging.write_bytes(content)
+            made[-1] = name
+            os.replace(staging, path)
     return record
+
+
+def _free_name(folder: Path, name: str, content: bytes, suffix: str) -> str:
+    plain = f"{name}.{suffix}"
+    if not (folder / plain).exists() or _holds(folder / plain, content):
+        return plain
+    return f"{name}-{sha256(content).hexdigest()[:32]}.{suffix}"
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and not path.is_symlink() and path.read_bytes() == content

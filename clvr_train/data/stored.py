@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clvr_train.data.images import ImageError, image_name, open_image
+from clvr_train.data.images import ImageError, check_size, image_name, open_image
 from clvr_train.data.records import FieldError
 from clvr_train.method.trajectory import ImageLike, StoredImage, Trajectory
 
@@ -24,20 +24,21 @@ def encoded(image: ImageLike) -> tuple[bytes, str]:
     A pointer's bytes are given as they are, once they are seen to decode; a decoded image becomes a PNG.
 
     Raises:
-        ImageError: as `open_image`.
+        ImageError: as `open_image` and `check_size`, without which readers would refuse it.
     """
+    name = image_name(image)
     if isinstance(image, (Path, StoredImage)):
-        name = image_name(image)
         try:
             content = image.read() if isinstance(image, StoredImage) else image.read_bytes()
         except FileNotFoundError as error:
             raise ImageError(f"{name}: no such file", "missing_image") from error
-        open_image(in_memory(name, content))
+        check_size(open_image(in_memory(name, content)).size[::-1], name)
         with Image.open(io.BytesIO(content)) as opened:
             kind = opened.format
         return content, _SUFFIXES.get(kind, kind.lower())
-    buffer = io.BytesIO()
-    open_image(image).save(buffer, format="PNG")
+    buffer, opened = io.BytesIO(), open_image(image)
+    check_size(opened.size[::-1], name)
+    opened.save(buffer, format="PNG")
     return buffer.getvalue(), "png"
 
 
@@ -45,7 +46,7 @@ def encoded_images(trajectory: Trajectory) -> list[tuple[bytes, str]]:
     """Bytes and ending of every image of a trajectory, in order.
 
     Raises:
-        FieldError: naming the step whose image cannot be read.
+        FieldError: naming the step whose image cannot be read or is of no use.
     """
     result = []
     for number, step in enumerate(trajectory.steps, start=1):

@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import pickle
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clvr_train.data.parquet import write_parquet
 from clvr_train.data.readers import Refusals, find_files, read_trajectories
@@ -20,6 +22,13 @@ from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
 from clvr_train.data.stored import encoded, in_memory
 from clvr_train.method.trajectory import Step, Trajectory
 from tests.data.examples import content, data_sets, good_records, image_bytes, picture, trajectory, write_lines
+
+
+def encoded_by_pillow(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
 
 WRITERS = {"json": write_trajectories, "parquet": write_parquet, "tar": write_shards}
 every_writer = pytest.mark.parametrize("form", WRITERS)
@@ -103,6 +112,22 @@ def test_failed_write_leaves_nothing(tmp_path: Path, form: str) -> None:
             WRITERS[form](tmp_path / "data", [trajectory("t"), bad])
         left = {path.suffix for path in tmp_path.rglob("*")}
         assert not left & {".tmp", ".staging", ".jsonl", ".parquet", ".tar"}
+
+
+@every_writer
+@pytest.mark.parametrize(("size", "message"), [((200, 63), "200 x 63 px, at least 64 a side"),
+                                               ((64, 513), "64 x 513 px, an aspect above 8")])  # fmt: skip
+def test_an_image_that_readers_refuse_is_not_written(
+    tmp_path: Path, form: str, size: tuple[int, int], message: str
+) -> None:
+    for image in (picture(0, size), in_memory("there", encoded_by_pillow(picture(0, size)))):
+        one = Trajectory("x", "goal", (Step("see", "generate", image),))
+        with pytest.raises(DataError, match=rf":2: steps\[1\].image: .*: {message}") as error:
+            WRITERS[form](tmp_path / "data", [trajectory("t"), one])
+        assert error.value.rule in ("small_side", "aspect")
+    just = Trajectory("x", "goal", (Step("see", "generate", picture(0, (64, 512))),))
+    WRITERS[form](tmp_path / "data", [just])
+    assert [content(t) for t in read_trajectories(tmp_path / "data")] == [content(just)]
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])

@@ -145,3 +145,52 @@ def test_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
             write_trajectories(tmp_path, [trajectory("new"), bad])
     assert [t.id for t in read_trajectories(tmp_path)] == ["old"]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def drawn(name: str, *shades: int, goal: str = "goal") -> Trajectory:
+    return Trajectory(name, goal, tuple(Step("see", "generate", picture(shade)) for shade in shades))
+
+
+def shade(image: Path) -> int:
+    return open_image(image).getpixel((0, 0))[0]
+
+
+BAD_LAST = {
+    "id": drawn("a", 5),
+    "goal": drawn("x", 5, goal="a <image>"),
+    "steps[2].image": Trajectory("x", "goal", (*drawn("x", 5).steps, Step("see", "edit", Path("none.png")))),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LAST)
+def test_failed_write_leaves_every_file_as_it_was(tmp_path: Path, bad: str) -> None:
+    write_trajectories(tmp_path, [drawn("a", 1, 2), drawn("b", 3)])
+    before = files(tmp_path)
+    with pytest.raises(DataError) as error:
+        write_trajectories(tmp_path, [drawn("a", 7, 2), drawn("new", 8), BAD_LAST[bad]])
+    assert error.value.field == bad and files(tmp_path) == before
+
+
+def test_images_that_an_older_file_names_stay_when_it_is_replaced(tmp_path: Path) -> None:
+    """Who has read it has paths, and opens them later."""
+    written = [drawn("a", 1, 2), drawn("b", 3)]
+    write_trajectories(tmp_path, written)
+    older, before = list(read_trajectories(tmp_path)), files(tmp_path)
+    write_trajectories(tmp_path, [drawn("a", 1, 7), drawn("b", 8)])
+    shades = [shade(image) for t in (*older, *read_trajectories(tmp_path)) for image in t.images]
+    assert shades == [1, 2, 3, 1, 7, 8]
+    write_trajectories(tmp_path, written)
+    assert files(tmp_path)[FILE_NAME] == before[FILE_NAME], "what is there already keeps its name"
+    assert len(list(tmp_path.rglob("*.png"))) == 5
+
+
+def test_a_folder_is_rewritten_from_itself_in_another_order(tmp_path: Path) -> None:
+    """The images of one trajectory may lie under the names that another will have."""
+    write_trajectories(tmp_path, [drawn("a", 1), drawn("b", 2)])
+    steps = [t.steps for t in read_trajectories(tmp_path)]
+    write_trajectories(tmp_path, [Trajectory("a", "goal", steps[1]), Trajectory("b", "goal", steps[0])])
+    assert [shade(t.images[0]) for t in read_trajectories(tmp_path)] == [2, 1]
