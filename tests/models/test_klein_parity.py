@@ -33,7 +33,7 @@ def test_sampler_equals_upstream_pipeline(tiny_klein, sizes, cfg):
 
     pipe = Flux2KleinPipeline.from_pretrained(klein.folder)
     pipe.set_progress_bar_config(disable=True)
-    grid = sampler.conditioner.grid
+    grid = klein.grid(SIZE)
     latents = {}
     upstream = pipe(
         prompt="a red circle\ndraw it",
