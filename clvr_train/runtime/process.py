@@ -8,13 +8,12 @@ import signal
 import socket
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)
-_owned: dict[Path, TextIO] = {}  # a lock is lost when its file is closed
+_owned: set[Path] = set()  # their descriptors stay open: a lock is lost when its file is closed
 
 
 def own_folder(folder: Path) -> None:
@@ -29,23 +28,19 @@ def own_folder(folder: Path) -> None:
     path = (folder / LOCK).resolve()
     if path in _owned:
         return
-    file = path.open("a+", encoding="utf-8")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _HELD:
-            logger.warning("%s: no lock (%s): another run in this folder would not be noticed", folder, error.strerror)
-            file.close()
-            return
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise BlockingIOError(f"{folder}: in use by {owner}; wait for its end, or choose another run=...") from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _owned[path] = file
+        owner = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+        os.close(descriptor)
+        if error.errno in _HELD:
+            raise BlockingIOError(f"{folder}: in use by {owner}; wait for its end, or choose another run=...") from None
+        logger.warning("%s: no lock (%s): another run in this folder would not be noticed", folder, error.strerror)
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+    _owned.add(path)
 
 
 class Deferral:
