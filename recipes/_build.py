@@ -1,15 +1,17 @@
 """What several recipes build from the same config groups: models and what conditions them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
+from torch.nn import Parameter
 
 from clvr_train.data.buckets import Size
 from clvr_train.data.cache import TensorCache
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
+from clvr_train.runtime.engine import Engine
 
 logger = logging.getLogger(__name__)
 CACHE_KEYS = ("cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
@@ -45,3 +47,16 @@ def build_conditioner(
         raise ValueError("cache.texts=true: a cache.folder is needed")
     options = {"cache": store, "cache_texts": cache.texts, "memory_gb": cache.memory_gb}
     return Conditioner(klein, tuple(model.size_px), target_sizes=target_sizes, **options)
+
+
+def build_engine(parameters: Iterable[Parameter], cfg: DictConfig, total_steps: int) -> Engine:
+    """The engine of a section that has `lr`, `schedule`, `warmup_steps`, `weight_decay` and `clip`."""
+    return Engine(
+        parameters,
+        lr=cfg.lr,
+        total_steps=total_steps,
+        schedule=cfg.schedule,
+        warmup_steps=cfg.warmup_steps,
+        weight_decay=cfg.weight_decay,
+        clip=cfg.clip,
+    )

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from clvr_train.data.buckets import BucketBatches, Size, nearest_bucket, number_buckets
-from clvr_train.data.captions import Captions, FineT2I, FluxReason
-from clvr_train.data.images import image_size, target_image
+from clvr_train.data.buckets import BucketBatches, Size, number_buckets
+from clvr_train.data.captions import Captions, FineT2I, FluxReason, fit_target
 from clvr_train.data.loader import Drawn, Mapped, read_ahead
 from clvr_train.data.mixing import TEXT_TO_IMAGE, Mix, step_class, step_weights
 from clvr_train.data.order import Order
@@ -189,23 +187,20 @@ def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, 
     return Mix(members, weights, batch, seed, blocks=in_blocks, window=data.window)
 
 
-def full_batches(samples: Samples, conditioner: Conditioner, cfg: DictConfig) -> Callable[[int], list[Drawn]]:
+def full_batches(
+    sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner, cfg: DictConfig
+) -> Callable[[int], list[Drawn]]:
     """Batches of whole micro-batches of one bucket each, by step."""
     parts, rest = divmod(cfg.train.batch, cfg.train.micro_batch)
     if rest:
         raise ValueError(f"train.full_batches: batch={cfg.train.batch} is no multiple of {cfg.train.micro_batch}")
-    if not isinstance(samples, list) or cfg.data.t2i_share is not None:
+    samples = sources[0][0]
+    if len(sources) > 1 or not isinstance(samples, list) or cfg.data.t2i_share is not None:
         raise ValueError("train.full_batches: only for trajectories of one source, without data.t2i_share")
     bucket_of, buckets = number_buckets(map(conditioner.bucket, tqdm(samples, desc="sizes")))
     order = BucketBatches(bucket_of, cfg.train.micro_batch, cfg.seed)
     logger.info("%d buckets, %.1f %% of the micro-batches are short", len(buckets), 100 * order.short_share)
     return lambda step: [drawn for part in range(parts) for drawn in order.batch(step, part, parts)]
-
-
-def fit_target(sample: Sample, sizes: Sequence[Size]) -> Sample:
-    """The sample with its target decoded and brought to the nearest of the sizes: what a worker does for the loop."""
-    size_px = nearest_bucket(image_size(sample.target), sizes)
-    return replace(sample, target=target_image(sample.target, size_px))
 
 
 def read_batches(

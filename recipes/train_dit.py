@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from clvr_train.data.buckets import sizes_of_area
 from clvr_train.models.klein import save_klein
-from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
+from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_klein, is_finished
 from recipes._data import encode_ahead, full_batches, read_batches, read_sources, sample_order
 from recipes._recipe import recipe, run_folder
 
@@ -31,8 +30,8 @@ def main(cfg: DictConfig) -> None:
         return
     klein = build_klein(cfg.model, expect="base")
     sources = read_sources(cfg.data)
-    size_px = tuple(cfg.model.size_px)
-    sizes = sizes_of_area(round(math.sqrt(math.prod(size_px))), klein.token_px) if cfg.data.aspects else ()
+    side_px = round(math.sqrt(math.prod(cfg.model.size_px)))
+    sizes = sizes_of_area(side_px, klein.token_px) if cfg.data.aspects else ()
     conditioner = build_conditioner(klein, cfg.model, cfg.cache, sizes)
     sources = encode_ahead(sources, conditioner, cfg.data)
     logger.info(
@@ -40,25 +39,17 @@ def main(cfg: DictConfig) -> None:
         sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
     )  # fmt: skip
     transformer = klein.transformer.requires_grad_(True).train()
-    engine = Engine(
-        transformer.parameters(),
-        lr=cfg.train.lr,
-        total_steps=cfg.train.steps,
-        schedule=cfg.train.schedule,
-        warmup_steps=cfg.train.warmup_steps,
-        weight_decay=cfg.train.weight_decay,
-        clip=cfg.train.clip,
-    )
+    engine = build_engine(transformer.parameters(), cfg.train, cfg.train.steps)
     saved = engine.resume(run / "checkpoints")
     if saved is not None:
         transformer.load_state_dict(saved[1])
     draw = sample_order(sources, cfg.data, cfg.train.batch, cfg.seed).batch
     if cfg.train.full_batches:
-        draw = full_batches(sources[0][0] if len(sources) == 1 else (), conditioner, cfg)
+        draw = full_batches(sources, conditioner, cfg)
     resume = engine.steps if saved else None
     with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
         drawn = map(draw, range(engine.steps, cfg.train.steps))
-        batches = read_batches(sources, drawn, sizes or (size_px,), cfg.data)
+        batches = read_batches(sources, drawn, conditioner.sizes, cfg.data)
         for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
             out = backward_flow_matching(
                 conditioner,

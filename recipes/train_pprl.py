@@ -21,11 +21,10 @@ from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import simple_prompt, trajectory_reward
-from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.judge import ShapesJudge
-from recipes._build import CACHE_KEYS, build_conditioner, build_klein, is_finished
+from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_klein, is_finished
 from recipes._data import read_direct_samples, read_prompts, read_samples
 from recipes._recipe import recipe, run_folder
 
@@ -74,15 +73,7 @@ def main(cfg: DictConfig) -> None:
     conditioner = build_conditioner(klein, cfg.model, cfg.cache)
     sampler = Sampler(conditioner, steps=cfg.rollout.steps, cfg=cfg.rollout.cfg, batch=cfg.rollout.batch)
     options = NFTOptions(**{name: cfg.pprl[name] for name in NFTOptions.__dataclass_fields__})
-    engine = Engine(
-        parameters(transformer, POLICY),
-        lr=cfg.pprl.lr,
-        total_steps=cfg.pprl.epochs * cfg.pprl.steps_per_epoch,
-        schedule=cfg.pprl.schedule,
-        warmup_steps=cfg.pprl.warmup_steps,
-        weight_decay=cfg.pprl.weight_decay,
-        clip=cfg.pprl.clip,
-    )
+    engine = build_engine(parameters(transformer, POLICY), cfg.pprl, cfg.pprl.epochs * cfg.pprl.steps_per_epoch)
     saved = engine.resume(run / "checkpoints")
     if saved is not None:
         load_policies(transformer, saved[1])

@@ -18,8 +18,9 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
+from clvr_train.data.buckets import Size, nearest_bucket
 from clvr_train.data.cells import Cells, open_parquet
-from clvr_train.data.images import target_image
+from clvr_train.data.images import image_size, target_image
 from clvr_train.data.jsonstream import parse_line
 from clvr_train.data.order import Blocks
 from clvr_train.data.records import DataError, FieldError, check_text, shown
@@ -166,12 +167,14 @@ class FineT2I(Captions):
             raise DataError.at(path, number + 1, error) from error
 
 
-def fit_target(sample: Sample, size_px: tuple[int, int]) -> Sample:
-    """The sample with its target decoded and brought to (height, width): what a worker does for the loop.
+def fit_target(sample: Sample, sizes: Sequence[Size]) -> Sample:
+    """The sample with its target decoded and brought to the nearest of the sizes, (height, width): what a worker does
+    for the loop.
 
     Raises:
         ImageError: as `data.images.target_image`.
     """
+    size_px = nearest_bucket(image_size(sample.target), sizes)
     return replace(sample, target=target_image(sample.target, size_px))
 
 

@@ -54,9 +54,9 @@ class FieldError(ValueError):
 
 
 class DataError(ValueError):
-    """A record is not usable: `<file>:<number of the record>: <field>: <message>`, and the short code of the rule."""
+    """A record is not usable: `<file>:<number or id of it>: <field>: <message>`, and the short code of the rule."""
 
-    def __init__(self, file: Path | str, record: int, field: str, message: str, rule: str) -> None:
+    def __init__(self, file: Path | str, record: int | str, field: str, message: str, rule: str) -> None:
         field, message = one_line(field), one_line(message)
         super().__init__(str(file), record, field, message, rule)  # as they stand, so that workers can send it
         self.file, self.record, self.field, self.message, self.rule = self.args

@@ -15,7 +15,7 @@ class StoredImage:
     """A pointer to an encoded image inside another file: a member of a tar shard, a cell of a parquet file.
 
     `name` stands for it in messages, as `<file>:<record>:<field>`. `read` gives the encoded bytes; it is a
-    `functools.partial` of a module-level function of paths and numbers, so that a worker process can be given it.
+    `functools.partial` of a module-level function and of little that pickles, so that a worker can be given it.
     `head`, where the container has one, gives the first so many bytes alone.
     """
 

@@ -32,7 +32,8 @@ def fit_trace(
     """The trace cut to `window` tokens: goal and newest reasoning stay, the oldest reasonings go first.
 
     A whole reasoning is dropped at a time. If the goal and the newest reasoning alone are too long, words are cut
-    from the front of that reasoning; if the goal alone is too long, words are cut from its end, or characters where no word fits.
+    from the front of that reasoning; if the goal alone is too long, words are cut from its end, or characters where no
+    word fits.
 
     Args:
         count: number of tokens of a text, template included.

@@ -86,6 +86,11 @@ class Conditioner:
     def image_calls(self) -> int:
         return self.encoder.image_calls
 
+    @property
+    def sizes(self) -> Sequence[Size]:
+        """The sizes to which targets are brought."""
+        return self.target_sizes or (self.size_px,)
+
     def fitted_text(self, sample: Sample) -> str:
         """The sample's trace within the text window; what had to be cut is counted once a sample."""
         key = (*sample.key, sample.goal, sample.reasonings)
@@ -126,7 +131,7 @@ class Conditioner:
         Raises:
             OSError: as `models.encoding.Encoder.check_disk`.
         """
-        largest = max(map(math.prod, map(self.klein.grid, self.target_sizes or (self.size_px,))))
+        largest = max(map(math.prod, map(self.klein.grid, self.sizes)))
         image_bytes = largest * self.klein.transformer.config.in_channels * self.klein.vae.dtype.itemsize
         self.encoder.check_disk(num_samples, [image_bytes] * num_samples)
 

@@ -73,4 +73,4 @@ class Deferral:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.pending = True
-        logger.info("terminated: the step at hand is finished and saved")
+        logger.info("terminated: finishing and saving the step at hand")

@@ -121,7 +121,7 @@ def test_blocks_are_the_samples_of_every_row_group(flux_reason: Path, tmp_path: 
 
 def test_targets_are_brought_to_the_size_that_is_drawn(flux_reason: Path) -> None:
     sample = FluxReason(flux_reason)[3]
-    fitted = fit_target(sample, (64, 128))
+    fitted = fit_target(sample, [(64, 128), (128, 64)])
     assert np.array_equal(fitted.target, target_image(sample.target, (64, 128)))
     assert torch.equal(target_pixels(fitted.target, (64, 128)), target_pixels(sample.target, (64, 128)))
     assert fitted.key == sample.key and fitted.goal == sample.goal

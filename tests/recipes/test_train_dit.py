@@ -81,7 +81,7 @@ def test_full_batches_share_all_sizes_and_no_sample_is_lost(tiny_klein):
         references = tuple(picture(96, 64 + 32 * (i % 2)) for _ in range(i % 3))
         samples.append(Sample(f"{i}", 1 + len(references), "goal", ("r",), references, picture(*size_px)))
     cfg = OmegaConf.create({"seed": 0, "data": data(), "train": {"batch": 4, "micro_batch": 2}})
-    draw = full_batches(samples, conditioner, cfg)
+    draw = full_batches([(samples, ONE)], conditioner, cfg)
     buckets = Counter(map(conditioner.bucket, samples))
     micro_batches = sum(-(-count // 2) for count in buckets.values())
     assert len(buckets) > 6 and micro_batches % 2 == 0, "an epoch of whole batches, so that it can be counted"
@@ -90,9 +90,9 @@ def test_full_batches_share_all_sizes_and_no_sample_is_lost(tiny_klein):
     for batch in epoch:
         assert len({conditioner.bucket(samples[index]) for _, index in batch}) <= 2
     with pytest.raises(ValueError, match="batch=5 is no multiple of 2"):
-        full_batches(samples, conditioner, OmegaConf.merge(cfg, {"train": {"batch": 5}}))
+        full_batches([(samples, ONE)], conditioner, OmegaConf.merge(cfg, {"train": {"batch": 5}}))
     with pytest.raises(ValueError, match="only for trajectories of one source"):
-        full_batches(CORPUS, conditioner, cfg)
+        full_batches([(CORPUS, ONE)], conditioner, cfg)
 
 
 def test_train_dit_on_several_sources_with_aspects(run_recipe, world) -> None:
