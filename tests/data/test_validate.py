@@ -446,7 +446,7 @@ def refused_in_training(path: Path, form: str) -> set[int]:
     refused, corpus = set(), open_corpus(path, form)
     for index in range(len(corpus)):
         try:
-            fit_target(corpus[index], (64, 64))
+            fit_target(corpus[index], [(64, 64)])
         except (ValueError, OSError):
             refused.add(index)
     return refused
