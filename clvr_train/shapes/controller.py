@@ -1,14 +1,16 @@
 """The scripted controller: writes whole trajectories (plan, draw, look, repair, stop) from a goal and a seed.
 
 It looks at its pictures through the reader only. Now and then the drawing tool slips (a wrong colour, shape
-or place, a thing too few or too many, an edit not done) or the plan misreads the goal; the next round
-notices and repairs it. Verdicts compare the picture with the goal alone, so they can be learnt from goal
-and picture.
+or place, a thing too few or too many, what the goal rules out, a picture half way between two, an edit not done) or the
+plan misreads the goal; the next round notices and repairs it. Verdicts compare the picture with the goal alone, so they
+can be learnt from goal and picture.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
+
+from PIL import Image
 
 from clvr_train.method.trajectory import Step, Trajectory
 from clvr_train.shapes.edits import Edit, apply_edits
@@ -31,6 +33,7 @@ class Habits:
 
     draw_slip: float = 0.25  # a first image is drawn wrongly
     edit_slip: float = 0.1  # an edit is drawn wrongly
+    smudge: float = 0.0  # a picture comes out half way between two: for controllers, not as a target to draw
     plan_slip: float = 0.1  # the plan misreads an attribute
     brief: float = 0.3  # the first round says no more than to draw the goal
     incremental: float = 0.45  # goals of three or more things are drawn bit by bit
@@ -62,7 +65,14 @@ def mutate(scene: Scene, rng: Random) -> Scene:
 
 
 def _spoil(scene: Scene, goal: Goal, rng: Random) -> Scene:
-    """A mutation that no longer meets the goal (the scene itself if none is found)."""
+    """A mutation that no longer meets the goal (the scene itself if none is found).
+
+    Every second time in the colour that the goal rules out, if it does: drawing models tend to draw what they read.
+    """
+    banned = [(slot, word) for slot, word in expand(goal).bans if word in COLOURS and slot < len(scene)]
+    if banned and rng.random() < 0.5:
+        at, colour = rng.choice(banned)
+        return (*scene[:at], replace(scene[at], colour=colour), *scene[at + 1 :])
     for _ in range(_TRIES):
         wrong = mutate(scene, rng)
         if not satisfied(goal, wrong):
@@ -119,6 +129,8 @@ class _Run:
 
     def _draw(self, reasoning: str, action: str, scene: Scene) -> None:
         image = render(scene)
+        if self.chance(self.habits.smudge):
+            image = Image.blend(image, render(mutate(scene, self.rng)), self.rng.uniform(0.3, 0.7))
         self.scenes.append(confident_scene(image))
         self.done.append(Step(reasoning, action, image))
 
