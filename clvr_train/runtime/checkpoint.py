@@ -1,8 +1,10 @@
 """Checkpoints that a kill at any moment leaves resumable: tensors in safetensors, state in JSON, no pickle.
 
-On disk: `<folder>/step-<n>/{tensors.safetensors, state.json, manifest.json}` and a file `latest` for people.
-A step is written as `step-<n>.tmp`, synced, and renamed; what came before goes only after. The manifest (size
-and SHA-256 of each file) says whether a step is whole: safetensors does not notice a flipped bit in its data.
+On disk: `<folder>/step-<n>/{tensors-<rank>.safetensors, state.json, manifest.json}` and a file `latest` for people.
+Every rank writes the tensors that it owns to a file of its own. A step is written as `step-<n>.tmp`, synced, and
+renamed once all ranks are done; what came before goes only after. The manifest (size and SHA-256 of each file) says
+whether a step is whole: safetensors does not notice a flipped bit in its data. Tensors are found by name in whatever
+file they are, so that the number of ranks that reads need not be the number that wrote.
 """
 
 import errno
@@ -11,19 +13,31 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from clvr_train.runtime.files import publish_folder, sync, write_atomic
+from clvr_train.runtime.files import publish_folder, write_atomic, write_synced
 
-TENSORS, STATE, MANIFEST, POINTER = "tensors.safetensors", "state.json", "manifest.json", "latest"
+STATE, MANIFEST, POINTER = "state.json", "manifest.json", "latest"
 OPTIMIZER = "optimizer."
+CHUNK = 1 << 24  # bytes handed to the disk at once
+DTYPES = {  # as safetensors calls them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _STEP = re.compile(r"step-(\d+)(\.old)?")
+_FILE = re.compile(r"tensors-\d+\.safetensors|state\.json")
 
 logger = logging.getLogger(__name__)
 
@@ -32,61 +46,133 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written, or is not whole; the message names the file."""
 
 
-def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 1
-) -> Path:
-    """Save a step, then remove the steps that it replaces; returns its folder.
+class Saver:
+    """Saves and reads the steps of a training in a folder that all ranks share; use it as a context manager.
+
+    All ranks build it at the same moment and call `save` and `load` together: where there are several it makes a gloo
+    group of its own, which never meets the training's collectives. Its end waits for the save that is under way.
 
     Args:
-        tensors: any dtypes, written as they are; tensors that share memory are written one by one.
-        state: what JSON gives back unchanged: numbers, texts, booleans, None, lists, dicts with text keys.
-        keep: how many steps stay, this one included. Steps after this one belong to a line that a resume has
-            abandoned and always go.
-
-    Raises:
-        CheckpointError: `state` would not survive JSON, or the disk is full; the step before is then intact.
+        keep: how many steps stay, the newest included: with two, a step that the disk has damaged is not the last.
+        asynchronous: `save` returns once the tensors are copied to the CPU, and a thread writes. The copies stay
+            allocated between saves (page-locked, if they come from a GPU).
     """
-    text = json.dumps(state)
-    if json.loads(text) != state:
-        raise CheckpointError(
-            f"{folder}: state of step {step} would not survive JSON (tuples, integer keys or NaN)"
+
+    def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = True) -> None:
+        self._folder, self._keep = Path(folder), keep
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._under_way: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], state: dict[str, Any]) -> None:
+        """Saves a step, after the save before it; an error of that one is raised here.
+
+        Args:
+            tensors: names with the tensors that this rank owns, any dtypes, written as they are. They may be made one
+                by one: each is copied to the CPU before the next is asked for.
+            state: what JSON gives back unchanged: numbers, texts, booleans, None, lists, dicts with text keys. That
+                of rank 0 is written.
+
+        Raises:
+            CheckpointError: `state` would not survive JSON, the disk is full, or another rank has failed; the step
+                before is then intact.
+        """
+        self.wait()
+        text = _as_json(self._folder, step, state)
+        if self._writer is None:
+            copies = {name: tensor.detach().cpu() for name, tensor in tensors}
+            _write(self._folder, step, copies, text, self._keep, self._group)
+            return
+        self._copies = _copied(tensors, self._copies)
+        self._under_way = self._writer.submit(
+            _write, self._folder, step, self._copies, text, self._keep, self._group
         )
-    folder = Path(folder)
-    staging, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
-    if staging.exists():
-        shutil.rmtree(staging)
-    try:
-        staging.mkdir(parents=True)
-        save_file(_separate(tensors), staging / TENSORS)
-        (staging / STATE).write_text(text, encoding="utf-8")
-        manifest = {"step": step, "files": {name: _fingerprint(staging / name) for name in (TENSORS, STATE)}}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        publish_folder(staging, final)
-        write_atomic(folder / POINTER, f"step-{step}\n")
-    except (OSError, SafetensorError) as error:
-        _explain(error, folder, tensors)
-        raise
-    _prune(folder, step, keep)
-    return final
+
+    def wait(self) -> None:
+        """Returns once nothing is under way; raises what the last save has raised."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def load(self) -> tuple[int, Mapping[str, Tensor], dict[str, Any]] | None:
+        """As `load_latest`, with the work of verifying shared among the ranks; all take the same step."""
+        return load_latest(self._folder, self._group)
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
 
 
-def load_latest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-    """The newest step that is whole, as (step, tensors on the CPU, state); `None` if nothing was ever saved.
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 1) -> Path:
+    """Saves a step of one process at once; returns its folder. See `Saver`."""
+    text = _as_json(folder, step, state)
+    copies = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    _write(Path(folder), step, copies, text, keep, None)
+    return Path(folder) / f"step-{step}"
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a step by name, on the CPU, each read from disk when it is asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._file_of: dict[str, Any] = {}
+        for path in files:
+            opened = safe_open(path, framework="pt")
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                if name in self._file_of:
+                    raise CheckpointError(f"{path}: {name}: two ranks have written it")
+                self._file_of[name] = opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        # A copy: the tensor of the file is a view of it, and another rank may remove the file.
+        return self._file_of[name].get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def load_latest(
+    folder: Path, group: ProcessGroup | None = None
+) -> tuple[int, Mapping[str, Tensor], dict[str, Any]] | None:
+    """The newest step that is whole, as (step, its tensors, state); `None` if nothing was ever saved.
 
     A damaged newest step is reported in the log and the one before it is taken.
 
     Raises:
-        CheckpointError: there are steps and none is whole; names the damage of the newest.
+        CheckpointError: there are steps and none is whole (names the damage of the newest), or the ranks of `group` do
+            not see the same folder.
     """
     damaged: list[CheckpointError] = []
-    for step, path in _steps(Path(folder)):
+    rank, world = _place(group)
+    steps = _steps(Path(folder))
+    seen = _exchange(" ".join(path.name for _, path in steps), group)
+    if len(set(seen)) > 1:
+        raise CheckpointError(f"{folder}: ranks see different steps ({' | '.join(seen)}): all nodes must share it")
+    for step, path in steps:
         try:
-            verify(path)
+            with _together(group):
+                files = _read_manifest(path)
+                for name in sorted(files)[rank::world]:
+                    _verify_file(path / name, files[name])
         except CheckpointError as error:
             logger.warning("%s; trying the step before it", error)
             damaged.append(error)
             continue
-        return step, load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+        tensors = Tensors(path / name for name in sorted(files) if name != STATE)
+        return step, tensors, json.loads((path / STATE).read_text(encoding="utf-8"))
     if damaged:
         raise CheckpointError(f"{damaged[0]}; no other step is whole: remove {folder} to start anew")
     return None
@@ -98,21 +184,34 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, of another size or of other content; names it.
     """
+    for name, expected in _read_manifest(path).items():
+        _verify_file(path / name, expected)
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file of a step."""
     manifest = path / MANIFEST
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (TENSORS, STATE)}
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in [STATE, *files]}
+        foreign = [name for name in expected if not _FILE.fullmatch(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest}: missing or damaged ({type(error).__name__}: {error})") from error
-    for name, (size, sha256) in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected {size}")
-        actual = _fingerprint(file)["sha256"]
-        if actual != sha256:
-            raise CheckpointError(f"{file}: sha256 {actual[:12]}, expected {sha256[:12]}")
+    if foreign:
+        raise CheckpointError(f"{manifest}: names {foreign[0]!r}, which is no file of a checkpoint")
+    return expected
+
+
+def _verify_file(file: Path, expected: tuple[int, str]) -> None:
+    size, sha256 = expected
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing")
+    if file.stat().st_size != size:
+        raise CheckpointError(f"{file}: {file.stat().st_size} bytes, expected {size}")
+    with file.open("rb") as content:
+        actual = hashlib.file_digest(content, "sha256").hexdigest()
+    if actual != sha256:
+        raise CheckpointError(f"{file}: sha256 {actual[:12]}, expected {sha256[:12]}")
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -135,7 +234,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], state: dict[str, Any]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: dict[str, Any]
 ) -> None:
     """The inverse of `flatten_optimizer`; all tensors of a checkpoint may be passed, others are left alone.
 
@@ -153,7 +252,7 @@ def restore_optimizer(
         # JSON knows no tuples, and an optimiser may compare its betas with one.
         group.update({name: tuple(group[name]) for name, value in now.items() if isinstance(value, tuple)})
     entries: dict[int, dict[str, Any]] = {}
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(OPTIMIZER)}
+    own = {name: tensors[name] for name in tensors if name.startswith(OPTIMIZER)}
     for key, value in (own | state["values"]).items():
         number, name = key.removeprefix(OPTIMIZER).split(".", 1)
         entries.setdefault(int(number), {})[name] = value
@@ -168,24 +267,110 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": entries, "param_groups": saved})
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory, as safetensors wants them; copies only where needed."""
-    seen: set[int] = set()
-    result = {}
+def _as_json(folder: Path, step: int, state: dict[str, Any]) -> str:
+    text = json.dumps(state)
+    if json.loads(text) != state:
+        raise CheckpointError(f"{folder}: state of step {step} would not survive JSON (tuples, integer keys or NaN)")
+    return text
+
+
+def _copied(tensors: Iterable[tuple[str, Tensor]], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, in the memory of `buffers` where it fits: fresh memory costs more than the copy."""
+    copies = {}
+    for name, tensor in tensors:
+        buffer = buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _write(
+    folder: Path, step: int, tensors: dict[str, Tensor], state: str, keep: int, group: ProcessGroup | None
+) -> None:
+    """Writes and publishes a step together with the other ranks, then removes the steps that it replaces.
+
+    Steps after this one belong to a line that a resume has abandoned and always go.
+    """
+    rank, _ = _place(group)
+    staging = folder / f"step-{step}.tmp"
+    try:
+        with _together(group):
+            if rank == 0:
+                if staging.exists():
+                    shutil.rmtree(staging)
+                staging.mkdir(parents=True)
+        with _together(group):
+            mine = write_synced(staging / f"tensors-{rank}.safetensors", _safetensors(tensors))
+        prints = _exchange(json.dumps(mine), group)
+        with _together(group):
+            if rank == 0:
+                files = {f"tensors-{number}.safetensors": json.loads(text) for number, text in enumerate(prints)}
+                files[STATE] = write_synced(staging / STATE, [state.encode()])
+                manifest = json.dumps({"step": step, "files": files}, indent=1)
+                write_synced(staging / MANIFEST, [manifest.encode()])
+                publish_folder(staging, folder / f"step-{step}")
+                write_atomic(folder / POINTER, f"step-{step}\n")
+                _prune(folder, step, keep)
+    except (OSError, CheckpointError) as error:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+            raise CheckpointError(
+                f"{folder}: disk full: a checkpoint needs {needed:,} bytes, {free:,} are free; the last is intact"
+            ) from error
+        raise
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, in pieces.
+
+    Not by the library's writer, which writes all at once: here the hash is taken on the way and no copy is made.
+    """
+    header, end = {}, 0
     for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        address = value.untyped_storage().data_ptr()
-        if address in seen or value.untyped_storage().nbytes() != value.nbytes:
-            value = value.clone()
-        seen.add(address)
-        result[name] = value
-    return result
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        for start in range(0, len(content), CHUNK):
+            yield content[start : start + CHUNK]
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    sync(path)
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _place(group: ProcessGroup | None) -> tuple[int, int]:
+    return (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+
+
+def _exchange(text: str, group: ProcessGroup | None) -> list[str]:
+    """Every rank's text in the order of the ranks, cut to 500 bytes."""
+    if group is None:
+        return [text]
+    word = torch.tensor(list(text.encode()[:500].ljust(500)), dtype=torch.uint8)
+    words = [torch.empty_like(word) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(words, word, group=group)
+    return [bytes(word.tolist()).decode(errors="replace").rstrip() for word in words]
+
+
+@contextmanager
+def _together(group: ProcessGroup | None) -> Iterator[None]:
+    """What is done within ends only when all ranks have done it, and is an error on all if it is one on any."""
+    failure = None
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        failure = error
+    failures = _exchange(str(failure or ""), group)
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(failures):
+        if text:
+            raise CheckpointError(f"rank {rank}: {text}")
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -206,15 +391,3 @@ def _prune(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(path)
     for path in folder.glob("step-*.tmp"):
         shutil.rmtree(path)
-
-
-def _explain(error: Exception, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Turn a full disk into an error that says how much was needed; other errors say enough by themselves."""
-    number = error.errno if isinstance(error, OSError) else None
-    full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full:
-        needed = sum(tensor.nbytes for tensor in tensors.values())
-        free = shutil.disk_usage(folder).free
-        raise CheckpointError(
-            f"{folder}: disk full: a checkpoint needs {needed:,} bytes, {free:,} are free; the last is intact"
-        ) from error

@@ -1,7 +1,9 @@
 """Writing that a kill at any moment cannot leave half done."""
 
+import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -14,6 +16,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Write a file and push it to disk; returns its fingerprint, `{"bytes": ..., "sha256": ...}`, of what was meant.
+
+    Large chunks are written and hashed without Python's lock, so that another thread can go on meanwhile.
+    """
+    size, digest = 0, hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that its readers see the old content or the new, never a part.
 
@@ -21,8 +39,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         OSError: the folder is missing or not writable, or the disk is full; the old content is then intact.
     """
     staging = path.with_name(path.name + ".tmp")
-    staging.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(staging)
+    write_synced(staging, [content.encode() if isinstance(content, str) else content])
     os.replace(staging, path)
     sync(path.parent)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def damage_empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_flip, damage_cut, damage_empty, Path.unlink])
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["tensors-0.safetensors", "state.json", "manifest.json"])
 def test_damage_is_named_and_the_step_before_is_taken(tmp_path: Path, caplog, name: str, damage) -> None:
     save_checkpoint(tmp_path, 1, weights(1), {"step": 1})
     save_checkpoint(tmp_path, 2, weights(2), {"step": 2}, keep=2)
@@ -105,7 +106,7 @@ def test_damage_is_named_and_the_step_before_is_taken(tmp_path: Path, caplog, na
 def test_a_save_after_a_fallback_outlives_the_damaged_newer_step(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, weights(1), {})
     save_checkpoint(tmp_path, 9, weights(9), {}, keep=2)
-    damage_flip(tmp_path / "step-9" / "tensors.safetensors")
+    damage_flip(tmp_path / "step-9" / "tensors-0.safetensors")
     save_checkpoint(tmp_path, 2, weights(2), {})
     assert load_latest(tmp_path)[0] == 2
     assert not (tmp_path / "step-9").exists()
@@ -181,10 +182,10 @@ def test_state_that_json_would_change_is_refused_before_writing(tmp_path: Path, 
 def test_a_full_disk_is_explained_and_costs_nothing(tmp_path: Path, monkeypatch) -> None:
     save_checkpoint(tmp_path, 1, weights(1), {})
 
-    def full(tensors: dict, path: Path) -> None:
+    def full(path: Path, chunks: Iterable[bytes]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_synced", full)
     with pytest.raises(CheckpointError, match="disk full: a checkpoint needs 64 bytes"):
         save_checkpoint(tmp_path, 2, weights(2), {})
     assert load_latest(tmp_path)[0] == 1
@@ -207,7 +208,7 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_with_a_foreign_shape_is_damage_not_a_crash(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, weights(1), {})
-    for content in ([], {"files": []}, {"files": {"tensors.safetensors": 3}}):
+    for content in ([], {"files": []}, {"files": {"tensors-0.safetensors": 3}}):
         (tmp_path / "step-1" / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(CheckpointError, match="manifest.json"):
             load_latest(tmp_path)

@@ -4,14 +4,16 @@ import json
 import logging
 import math
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from clvr_train.runtime.files import publish_folder, write_atomic
 from clvr_train.runtime.metrics import Metrics, read_metrics
-from clvr_train.runtime.seeding import generator, seed
+from clvr_train.runtime.seeding import generator, rng_state, seed, set_rng_state
 
 
 def test_write_atomic_keeps_the_old_content_when_it_fails(tmp_path: Path, monkeypatch) -> None:
@@ -59,6 +61,21 @@ def test_generators_do_not_touch_the_global_one() -> None:
     state = torch.get_rng_state()
     torch.randn(3, generator=generator(1))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_global_generators_go_on_from_where_they_were() -> None:
+    def draw() -> tuple[float, ...]:
+        return torch.rand(1).item(), np.random.normal(), random.gauss(0, 1), random.random()
+
+    draw()  # the second of a pair of normals waits in numpy and python
+    state = {name: tensor.clone() for name, tensor in rng_state().items()}
+    expected = [draw() for _ in range(700)]
+    assert set(state) == {"torch", "numpy", "python"}
+    set_rng_state(state)
+    assert [draw() for _ in range(700)] == expected
+    set_rng_state({name: state[name] for name in ("torch", "python")})
+    again = draw()
+    assert again[0] == expected[0][0] and again[2:] == expected[0][2:] and again[1] != expected[0][1]
 
 
 def test_metrics_resume_drops_what_will_be_written_again(tmp_path: Path) -> None:
