@@ -70,8 +70,9 @@ def training_config(cfg: DictConfig) -> tuple[str, DictConfig]:
 
 
 def dit_job(cfg: DictConfig, training: DictConfig) -> Job:
-    parts = klein_shapes(training.model.folder)
-    transformer, window = parts["transformer"], training.model.window
+    window = training.model.window
+    parts = klein_shapes(training.model.folder, training.model.layers, window)
+    transformer = parts["transformer"]
     token_px = 2 ** len(parts["vae"].config.block_out_channels)
     target_px = tuple(training.model.size_px)
     if any(side % token_px for side in target_px):

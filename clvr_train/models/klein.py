@@ -8,7 +8,7 @@ parity with that pipeline.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
+from transformers import Qwen3Config
 from transformers.utils import logging as transformers_logging
 
+from clvr_train.models.text_encoder import check_text_config, load_text_encoder
 from clvr_train.runtime.files import publish_folder
 
 KINDS = ("base", "distilled")
@@ -90,20 +92,40 @@ def load_klein(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Klein:
-    """Loads a Klein folder from disk (never from a hub); encoder and VAE are frozen. Raises as `check_kind`."""
+    """Loads a Klein folder from disk (never from a hub), of its text encoder what `layers` needs; encoder and VAE are
+    frozen.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_kind` and `models.text_encoder.check_text_config`, or a part is not
+            whole.
+    """
     folder = Path(folder)
     distilled = check_kind(folder, expect)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    states = _part_config(folder, "transformer").get("joint_attention_dim")
+    text_config = Qwen3Config.from_dict(_part_config(folder, "text_encoder"))
+    check_text_config(text_config, folder / "text_encoder", layers, window, states)
     try:
-        pipe = Flux2KleinPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        text_encoder = load_text_encoder(folder / "text_encoder", layers, dtype)
+        pipe = Flux2KleinPipeline.from_pretrained(folder, text_encoder=None, dtype=dtype, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(f"{folder}: incomplete model folder ({str(error).splitlines()[0]})") from error
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+    for part in (pipe.vae, text_encoder, pipe.transformer):
         part.to(device=device)
         part.requires_grad_(False).eval()
-    parts = pipe.transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer
+    parts = pipe.transformer, pipe.vae, text_encoder, pipe.tokenizer
     return Klein(folder, *parts, distilled, window, tuple(layers))
+
+
+def _part_config(folder: Path, part: str) -> dict:
+    file = folder / part / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: incomplete model folder (no {part}/config.json)")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
 
 
 def fingerprint(folder: Path, parts: Sequence[str]) -> str:
@@ -142,19 +164,31 @@ def save_klein(
     distilled: bool = False,
     precision: str = "fp32",
 ) -> None:
-    """Writes a whole Klein folder: the transformer given, every other part copied from `source`; nothing
-    half-written.
-    """
+    """Writes a whole Klein folder with the transformer given, as `publish_klein` does."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     state = {name: tensor.to(PRECISIONS[precision]) for name, tensor in transformer.state_dict().items()}
+    whole = transformer_from(transformer.config, state)
+    publish_klein(source, target, whole.save_pretrained, distilled=distilled)
+
+
+def publish_klein(
+    source: Path, target: Path, write_transformer: Callable[[Path], None], *, distilled: bool, card: str = ""
+) -> None:
+    """Writes a whole Klein folder: every part but the transformer copied from `source`; nothing half-written.
+
+    Args:
+        write_transformer: writes the folder whose path it is given. card: of the model, its README.md.
+    """
     staging = target.with_name(target.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging, ignore=shutil.ignore_patterns("transformer", "README.md"))
-    transformer_from(transformer.config, state).save_pretrained(staging / "transformer", safe_serialization=True)
+    write_transformer(staging / "transformer")
     index = json.loads((staging / "model_index.json").read_text())
     index["is_distilled"] = distilled
     (staging / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if card:
+        (staging / "README.md").write_text(card, encoding="utf-8")
     publish_folder(staging, target)
 
 

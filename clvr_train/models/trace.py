@@ -22,7 +22,6 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -31,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from clvr_train.method.flow import flow_matching_loss
 from clvr_train.models.conditioning import Conditioning, predict_velocity
 from clvr_train.models.klein import check_kind, image_ids, text_ids
+from clvr_train.models.text_encoder import check_text_config, shape_text_encoder
 
 CHECKPOINTING = ("none", "selective", "full")  # of no block, of every second one, of all
 
@@ -41,18 +41,20 @@ AttentionMaskInterface.register(UNPADDED, lambda *args, **kwargs: None)
 
 _KLEIN = {"in_channels": 128, "attention_head_dim": 128, "timestep_guidance_channels": 256, "guidance_embeds": False}
 _QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+_TEXT = _QWEN3 | {"max_position_embeddings": 40960}
+KLEIN_LAYERS = (9, 18, 27)  # of the text encoder, as the published pipelines stack them
 # The published models, of which nothing needs to be on disk. The VAE is that of all FLUX.2: the defaults of its class.
 PUBLISHED_KLEIN = {
     "klein_4b": {
         "transformer": _KLEIN
         | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
-        "text_encoder": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
+        "text_encoder": _TEXT | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
         "vae": {},
     },
     "klein_9b": {
         "transformer": _KLEIN
         | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
-        "text_encoder": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288},
+        "text_encoder": _TEXT | {"hidden_size": 4096, "intermediate_size": 12288},
         "vae": {},
     },
 }
@@ -67,21 +69,27 @@ PUBLISHED_VLM = {
 # ---------------------------------------------------------------------------- models without weights
 
 
-def klein_shapes(name: str) -> dict[str, torch.nn.Module]:
-    """`transformer`, `text_encoder` and `vae` on the meta device, of a base Klein folder or of PUBLISHED_KLEIN.
+def klein_shapes(
+    name: str, layers: Sequence[int] = KLEIN_LAYERS, window: int = 512
+) -> dict[str, torch.nn.Module]:
+    """`transformer`, `text_encoder` (the layers that are used) and `vae` on the meta device, of a base Klein folder or
+    of PUBLISHED_KLEIN.
 
     Raises:
-        FileNotFoundError, ValueError: as `models.klein.check_kind`, or a part has no config.json.
+        FileNotFoundError, ValueError: as `models.klein.load_klein`, or a part has no config.json.
     """
     if name in PUBLISHED_KLEIN:
         configs = PUBLISHED_KLEIN[name]
     else:
         check_kind(Path(name), "base")
         configs = {part: _config(Path(name) / part) for part in ("transformer", "text_encoder", "vae")}
+    text_config = Qwen3Config.from_dict(configs["text_encoder"])
     with torch.device("meta"):
+        transformer = Flux2Transformer2DModel.from_config(configs["transformer"])
+        check_text_config(text_config, f"{name}/text_encoder", layers, window, transformer.config.joint_attention_dim)
         return {
-            "transformer": Flux2Transformer2DModel.from_config(configs["transformer"]),
-            "text_encoder": Qwen3ForCausalLM(Qwen3Config.from_dict(configs["text_encoder"])),
+            "transformer": transformer,
+            "text_encoder": shape_text_encoder(text_config, layers),
             "vae": AutoencoderKLFlux2.from_config(configs["vae"]),
         }
 
@@ -311,9 +319,7 @@ def trace_vlm(
 
 
 def encoder_flops(parts: dict[str, torch.nn.Module], window: int, sizes_px: Iterable[tuple[int, int]]) -> list[int]:
-    """FLOPs of a text in the text encoder (all its layers and its head, as upstream runs it), then of encoding an image
-    of each size.
-    """
+    """FLOPs of a text in the used layers of the text encoder, then of encoding an image of each size."""
 
     def text(tracer: _Tracer) -> None:
         ids = torch.empty(1, window, dtype=torch.long)
