@@ -11,7 +11,9 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from clvr_train.data.buckets import BucketBatches, Size, number_buckets
-from clvr_train.data.captions import Captions, FineT2I, FluxReason, fit_target
+from clvr_train.data.captions import Captions, fit_target
+from clvr_train.data.fine_t2i import FineT2I
+from clvr_train.data.flux_reason import FluxReason
 from clvr_train.data.loader import Drawn, Mapped, read_ahead
 from clvr_train.data.mixing import TEXT_TO_IMAGE, Mix, step_class, step_weights
 from clvr_train.data.order import Order

@@ -13,7 +13,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.validate import RULES, Report, data_files, validate
+from clvr_train.data.report import RULES, Report
+from clvr_train.data.validate import data_files, validate
 from clvr_train.runtime.files import write_atomic
 from recipes._recipe import recipe
 

@@ -16,8 +16,10 @@ from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from clvr_train.data.captions import FineT2I, FluxReason, fit_target
+from clvr_train.data.captions import fit_target
 from clvr_train.data.cells import read_cell
+from clvr_train.data.fine_t2i import FineT2I
+from clvr_train.data.flux_reason import FluxReason
 from clvr_train.data.images import ImageError, image_size, open_image, target_image, target_pixels
 from clvr_train.data.order import Order
 from clvr_train.data.records import DataError
@@ -292,14 +294,14 @@ def test_a_tar_that_was_cut_is_named(tmp_path: Path) -> None:
 MEASURED = """
 import re, sys
 from pathlib import Path
-from clvr_train.data import captions, validate
+from clvr_train.data import fine_t2i, flux_reason, validate
 form, path = sys.argv[1], Path(sys.argv[2])
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 {walk}
 sys.stdout.write(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 READ = """
-corpus = {"flux_reason": captions.FluxReason, "fine_t2i": captions.FineT2I}[form](path)
+corpus = {"flux_reason": flux_reason.FluxReason, "fine_t2i": fine_t2i.FineT2I}[form](path)
 read = sum(len(sample.target.read()) + len(sample.goal) for sample in corpus)
 assert read > 0.9 * path.stat().st_size
 """

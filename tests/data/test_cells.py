@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from clvr_train.data import cells
-from clvr_train.data.captions import FluxReason
 from clvr_train.data.cells import BLOCK_BYTES, Cells
+from clvr_train.data.flux_reason import FluxReason
 from clvr_train.data.loader import Mapped, read_ahead
 from clvr_train.data.mixing import Mix
 from clvr_train.data.order import Order
@@ -180,7 +180,7 @@ def test_what_is_open_is_not_pickled(folder, counts):
 WALK = """
 import re, sys
 from pathlib import Path
-from clvr_train.data.captions import FluxReason
+from clvr_train.data.flux_reason import FluxReason
 from clvr_train.data.order import Order
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 corpus = FluxReason(Path(sys.argv[1]), window=int(sys.argv[2]))

@@ -16,16 +16,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clvr_train.data import cells
-from clvr_train.data import validate as validation
-from clvr_train.data.captions import Captions, FineT2I, FluxReason, fit_target
+from clvr_train.data.captions import Captions, fit_target
+from clvr_train.data.fine_t2i import FineT2I
+from clvr_train.data.flux_reason import FluxReason
 from clvr_train.data.images import ImageError, open_image
 from clvr_train.data.loader import Mapped, RefusedError, read_ahead
 from clvr_train.data.parquet import write_parquet
 from clvr_train.data.readers import read_trajectories
 from clvr_train.data.records import DataError
+from clvr_train.data.report import RULES
 from clvr_train.data.shards import write_shards
 from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
-from clvr_train.data.validate import RULES, caption_chunks, check_strictly, validate
+from clvr_train.data.strict import check_strictly
+from clvr_train.data.validate import caption_chunks, validate
 from tests.data import corpora
 from tests.data.corpora import FLUX_REASON, fine_t2i_record, flux_reason_rows, write_flux_reason, write_tar
 from tests.data.examples import Deadly, good_records, picture, trajectory, write_lines
@@ -314,7 +317,7 @@ def test_a_record_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_list_of_offenders_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "MAX_OFFENDERS", 3)
+    monkeypatch.setattr("clvr_train.data.report.MAX_OFFENDERS", 3)
     write_lines(tmp_path, [b"{"] * 5)
     report = validate(tmp_path, 0)
     assert (report.refused, len(report.offenders)) == (5, 3)
@@ -322,7 +325,7 @@ def test_the_list_of_offenders_has_an_end(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_worker_that_is_killed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_trajectories(tmp_path, [trajectory()])
-    monkeypatch.setattr(validation, "chunks", lambda path: iter([Deadly()]))
+    monkeypatch.setattr("clvr_train.data.validate.chunks", lambda path: iter([Deadly()]))
     with pytest.raises(ChildProcessError, match="deadly.tar: a worker was killed"):
         validate(tmp_path, workers=1)
 
@@ -580,7 +583,7 @@ def test_a_row_group_that_cannot_be_read_is_refused_from_there_on_as_in_training
         data[start : start + 40] = b"\xff" * 40
         file.write_bytes(data)
         for rows in (256, 3, 1):
-            monkeypatch.setattr(validation, "_CHUNK_ROWS", rows)
+            monkeypatch.setattr("clvr_train.data.flux_reason._CHUNK_ROWS", rows)
             report = validate(file, 0, form="flux_reason")
             assert (report.records, report.by_rule) == (12, {"bad_container": 4})
             assert [error.record for error in report.offenders] == [5, 6, 7, 8]
@@ -606,13 +609,13 @@ def count_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     starts: list[str] = []
     restart = cells._Column.restart
     monkeypatch.setattr(cells._Column, "restart", lambda self: (starts.append(self._column), restart(self)))
-    monkeypatch.setattr(validation, "_cells", cells.Cells(1))
+    monkeypatch.setattr("clvr_train.data.flux_reason._cells", cells.Cells(1))
     return starts
 
 
 def test_every_row_group_is_read_once_and_forwards(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cells, "BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(validation, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr("clvr_train.data.flux_reason._CHUNK_ROWS", 3)
     for part in range(2):
         write_flux_reason(tmp_path / f"{part}.parquet", flux_reason_rows(range(20), small), group=10)
     starts = count_starts(monkeypatch)
@@ -632,8 +635,8 @@ def mixed(folder: Path, form: str) -> None:
 def test_any_number_of_processes_and_any_chunks_find_the_same(tmp_path: Path, monkeypatch, form: str) -> None:
     mixed(tmp_path, form)
     alone = validate(tmp_path, 0, form=form, caption="text")
-    monkeypatch.setattr(validation, "_CHUNK_ROWS", 2)
-    monkeypatch.setattr(validation, "_CHUNK_RECORDS", 2)
+    monkeypatch.setattr("clvr_train.data.flux_reason._CHUNK_ROWS", 2)
+    monkeypatch.setattr("clvr_train.data.fine_t2i._CHUNK_RECORDS", 2)
     for workers in (0, 2):
         again = validate(tmp_path, workers, form=form, caption="text")
         assert (again.as_json(), again.left_out) == (alone.as_json(), alone.left_out)
