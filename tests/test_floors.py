@@ -31,6 +31,7 @@ DOORS = {
     "deepspeed": ("clvr_train/runtime/",),
     "accelerate": ("clvr_train/runtime/",),
     "openai": ("clvr_train/services/",),
+    "httpx": ("clvr_train/services/",),
     "pickle": (),
     "dill": (),
     "joblib": (),

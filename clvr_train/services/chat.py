@@ -1,0 +1,343 @@
+"""One client for chat servers that speak OpenAI's protocol: bounded, retried, cached; a failure is an answer without a
+value.
+
+A request is one user turn or more at temperature 0. What can go wrong on the way (no connection, no reply in time, a
+status of 4xx or 5xx, a body that is no chat completion) and what can be wrong with the reply (refused, cut at
+`max_tokens`, not in the demanded form) comes back as `Answer.reason`, never as a value.
+"""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from PIL.Image import Image
+
+from clvr_train.services.replies import ReplyCache, strict_json
+
+logger = logging.getLogger(__name__)
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise, through every progress bar
+
+_RETRIED = (408, 429)  # and 5xx
+_OF_THE_REQUEST = (400, 413, 422)  # statuses that say nothing about the server's health
+_LONGEST_WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Where a server is and how it is asked. Seconds are of wall time, prices in USD for a million tokens."""
+
+    url: str  # up to and with /v1
+    model: str
+    key_env: str | None = None  # the environment variable that holds the key
+    limit: int = 32  # requests under way at once
+    attempt_s: float = 60.0  # for one attempt, to its last byte
+    deadline_s: float = 180.0  # for all attempts of a request and the waits between them
+    retries: int = 4
+    backoff_s: float = 0.5  # before the second attempt, doubled for every further one, times 0.5 .. 1.5
+    max_tokens: int = 1024
+    max_reply_bytes: int = 1_000_000
+    breaker: int = 16  # so many requests in a row without a reply, and the rest fail at once
+    cooldown_s: float = 30.0  # until one request may try again
+    cache: str | None = None  # folder of accepted replies
+    price_in: float = 0.0
+    price_out: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request: the parsed value, or None with the reason. `replied` tells a bad reply from none."""
+
+    value: Any
+    reason: str = ""
+    text: str = ""
+    replied: bool = True
+
+
+class ChatError(OSError):
+    """No chat completion came of a request; `healthy` where only this request is to blame."""
+
+    def __init__(self, message: str, healthy: bool = False) -> None:
+        super().__init__(message)
+        self.healthy = healthy
+
+
+def user_turn(*parts: str | Image) -> dict[str, Any]:
+    """A user's message of texts and images in their order; images as data URLs of JPEGs of quality 95."""
+    return {"role": "user", "content": [_part(part) for part in parts]}
+
+
+def _part(part: str | Image) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    buffer = io.BytesIO()
+    part.convert("RGB").save(buffer, "JPEG", quality=95)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+
+
+class ChatClient:
+    """Asks one server; safe to use from any number of threads.
+
+    All sending is done in one event loop in a thread of its own, so that deadlines hold to the last byte of headers and
+    body however slowly they trickle. Proxies and `.netrc` of the environment are not looked at. `counts` holds
+    `requests`, `attempts`, `cached`, `failed` (no reply), `unusable` (a reply that is no value), `tokens_in`,
+    `tokens_out` and `cost_usd`.
+
+    Raises:
+        ValueError: for a URL that is not http(s), or that holds a name, password or query; for a limit below 1; for an
+            environment variable that is not set.
+        OSError: the folder of the cache cannot be made.
+    """
+
+    def __init__(self, options: ChatOptions) -> None:
+        self.options = options
+        self._url = _checked_url(options.url)
+        self._key = _key(options.key_env)
+        if options.limit < 1 or options.breaker < 1 or options.retries < 0:
+            raise ValueError(f"limit={options.limit}, breaker={options.breaker}: at least 1; retries: at least 0")
+        self._cache = None if options.cache is None else ReplyCache(Path(options.cache))
+        names = ("requests", "attempts", "cached", "failed", "unusable", "tokens_in", "tokens_out", "cost_usd")
+        self.counts: dict[str, float] = dict.fromkeys(names, 0)
+        self._lock = threading.Lock()
+        self._not_before = 0.0  # a server that asks for patience asks all requests
+        self._failures, self._open_until, self._last_failure = 0, 0.0, ""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
+        self._thread.start()
+        # A slot is a client of one connection: a pool of many is looked through whole at every request.
+        self._slots: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
+        self._clients = self._make_clients(options.limit + 1)
+        self._for_health = self._clients[-1]
+        for client in self._clients[:-1]:
+            self._slots.put_nowait(client)
+
+    def _make_clients(self, num: int) -> list[httpx.AsyncClient]:
+        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # The deadlines here are of the whole, httpx's would be of every single read.
+        options = {"verify": ssl.create_default_context(), "timeout": None, "trust_env": False}
+        return [httpx.AsyncClient(headers=headers, **options) for _ in range(num)]
+
+    def __enter__(self) -> "ChatClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connections and the thread."""
+        if not self._loop.is_closed():
+            for client in self._clients:
+                self._submit(client.aclose()).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def ask(self, messages: Sequence[Mapping[str, Any]], parse: Callable[[str], Any]) -> Answer:
+        """Sends the messages and parses the text of the reply; blocks until it is there or has failed.
+
+        Replies that `parse` accepts are kept in the cache, found again by the whole request and the server's URL.
+
+        Args:
+            parse: text to value; raises ValueError for a text that is none.
+        """
+        body = {"model": self.options.model, "messages": list(messages), "temperature": 0}
+        payload = json.dumps(body | {"max_tokens": self.options.max_tokens}).encode()
+        key = hashlib.sha256(self._url.encode() + b"\n" + payload).hexdigest()
+        self._count(requests=1)
+        kept = self._cache.get(key) if self._cache else None
+        if kept is not None:
+            try:
+                answer = Answer(parse(kept), text=kept)
+            except ValueError:
+                pass  # the form that is demanded has changed since
+            else:
+                self._count(cached=1)
+                return answer
+        text = ""
+        try:
+            text = self._submit(self._request(payload)).result()
+            value = parse(text)
+        except ChatError as error:
+            self._count(failed=1)
+            return Answer(None, str(error), replied=False)
+        except ValueError as error:
+            self._count(unusable=1)
+            return Answer(None, self._clean(f"reply: {error}"), text)
+        if self._cache:
+            self._cache.put(key, text)
+        return Answer(value, text=text)
+
+    def healthy(self) -> bool:
+        """Whether the server lists its models; if so, requests that were held back go through again."""
+        return self._submit(self._health()).result()
+
+    def _submit(self, coroutine: Any) -> Future:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _health(self) -> bool:
+        try:
+            async with asyncio.timeout(self.options.attempt_s):
+                status, _, _ = await self._send(self._for_health, "GET", "/models", None)
+        except (TimeoutError, httpx.TransportError, ChatError):
+            return False
+        if status == 200:
+            self._failures, self._open_until = 0, 0.0
+        return status == 200
+
+    async def _request(self, payload: bytes) -> str:
+        """The text of the reply, within limit, deadline and circuit breaker.
+
+        Raises:
+            ChatError: none came. ValueError: one came, without a text that could be read.
+        """
+        client = await self._slots.get()
+        try:
+            now = time.monotonic()
+            if self._failures >= self.options.breaker:
+                if now < self._open_until:
+                    raise ChatError(f"not asked: {self._failures} requests in a row failed ({self._last_failure})")
+                self._open_until = now + self.options.cooldown_s  # this one tries for all
+            try:
+                async with asyncio.timeout(self.options.deadline_s):
+                    body = await self._attempts(client, payload, now + self.options.deadline_s)
+                message, finish = self._message(body)
+            except (TimeoutError, ChatError) as error:
+                reason = str(error) or f"no reply within {self.options.deadline_s:g} s"
+                if not (isinstance(error, ChatError) and error.healthy):
+                    self._failures, self._last_failure = self._failures + 1, reason
+                    self._open_until = time.monotonic() + self.options.cooldown_s
+                raise ChatError(reason) from None
+            self._failures = 0
+        finally:
+            self._slots.put_nowait(client)
+        text = message.get("content")
+        if finish == "length":
+            raise ValueError(f"cut at max_tokens={self.options.max_tokens}")
+        if not isinstance(text, str):
+            raise ValueError(f"refused: {message['refusal']}" if message.get("refusal") else "no text")
+        return text
+
+    async def _attempts(self, client: httpx.AsyncClient, payload: bytes, ends: float) -> bytes:
+        """The body of the first attempt that succeeds. Raises ChatError."""
+        for attempt in range(self.options.retries + 1):
+            await asyncio.sleep(self._not_before - time.monotonic())
+            self._count(attempts=1)
+            wait = min(self.options.backoff_s * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
+            try:
+                async with asyncio.timeout(self.options.attempt_s):
+                    status, headers, body = await self._send(client, "POST", "/chat/completions", payload)
+            except TimeoutError:
+                reason = f"no reply within {self.options.attempt_s:g} s"
+            except httpx.TransportError as error:
+                reason = self._clean(f"no connection: {type(error).__name__} {error}")
+            else:
+                if status == 200:
+                    return body
+                reason = self._clean(f"HTTP {status}: {body[:1000].decode('utf-8', 'replace')}")
+                if status not in _RETRIED and status < 500:
+                    raise ChatError(reason, healthy=status in _OF_THE_REQUEST)
+                asked = retry_after_s(headers.get("retry-after"))
+                if asked is not None:
+                    wait = asked
+                    self._not_before = max(self._not_before, time.monotonic() + asked)
+            if attempt == self.options.retries or time.monotonic() + wait > ends:
+                raise ChatError(f"{reason} (attempt {attempt + 1})")
+            await asyncio.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _send(
+        self, client: httpx.AsyncClient, method: str, path: str, payload: bytes | None
+    ) -> tuple[int, httpx.Headers, bytes]:
+        """Status, headers and body. Raises ChatError for a body beyond the bound, httpx.TransportError."""
+        async with client.stream(method, self._url + path, content=payload) as response:
+            body = bytearray()
+            async for chunk in response.aiter_raw():
+                body += chunk
+                if len(body) > self.options.max_reply_bytes:
+                    raise ChatError(f"a reply of more than {self.options.max_reply_bytes} bytes")
+            return response.status_code, response.headers, bytes(body)
+
+    def _message(self, body: bytes) -> tuple[dict[str, Any], str | None]:
+        """The message of a chat completion and why it ended; counts its tokens. Raises ChatError."""
+        try:
+            completion = strict_json(body.decode())
+            choice = completion["choices"][0]
+            message, finish = dict(choice["message"]), choice.get("finish_reason")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            text = body[:100].decode("utf-8", "replace")
+            raise ChatError(self._clean(f"no chat completion ({type(error).__name__}): {text}")) from None
+        usage = completion.get("usage")
+        used = [_whole(usage, name) for name in ("prompt_tokens", "completion_tokens")]
+        cost = (used[0] * self.options.price_in + used[1] * self.options.price_out) / 1e6
+        self._count(tokens_in=used[0], tokens_out=used[1], cost_usd=cost)
+        return message, finish
+
+    def _count(self, **amounts: float) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self.counts[name] += amount
+
+    def _clean(self, text: str) -> str:
+        """One short line without the key, which some servers repeat."""
+        line = " ".join(text.split())
+        return (line.replace(self._key, "***") if self._key else line)[:200]
+
+
+def retry_after_s(header: str | None) -> float | None:
+    """Seconds that a `Retry-After` header asks for, as a number or a date; None without a header that says so."""
+    if header is None:
+        return None
+    try:
+        if header.isascii() and header.isdigit():
+            return float(header)
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _whole(usage: Any, name: str) -> int:
+    count = usage.get(name) if isinstance(usage, dict) else None
+    return count if isinstance(count, int) and count > 0 else 0
+
+
+def _checked_url(text: str) -> str:
+    """Without its last slash. The message never holds what may be a secret."""
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        raise ValueError("url: cannot be read") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError("url: http://host:port/v1 or https://... is needed")
+    if url.userinfo or url.query or url.fragment:
+        raise ValueError(f"url of {url.host}: without name, password and query; a key comes from key_env")
+    return text.rstrip("/")
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"key_env={variable}: the environment variable is not set")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"key_env={variable}: its value cannot be sent as a key")
+    return key
