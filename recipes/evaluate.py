@@ -6,7 +6,6 @@ runs/<run>/{config.yaml, evaluation.json, outcomes.jsonl, samples.png} and, in c
 
 import json
 import logging
-import time
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,8 +14,7 @@ from tqdm import tqdm
 
 from clvr_train.data.images import open_image
 from clvr_train.data.sharegpt import write_trajectories
-from clvr_train.evaluation.runner import Goal, Outcome, outcome, rows, summarise
-from clvr_train.method.trajectory import Sample
+from clvr_train.evaluation.runner import Goal, Outcome, outcome, rows, single_step, summarise
 from clvr_train.models.sampler import Sampler
 from clvr_train.runtime.files import write_atomic
 from clvr_train.shapes.benchmark import benchmark_goals, grade
@@ -25,20 +23,6 @@ from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
 MODES = ("single_step", "closed_loop")
-
-
-def single_step(sampler: Sampler, goals: list[Goal], seed: int, batch: int) -> tuple[list[Outcome], list[Image.Image]]:
-    """One drawing from each goal's text."""
-    outcomes, images = [], []
-    for start in tqdm(range(0, len(goals), batch), desc="evaluate"):
-        part = goals[start : start + batch]
-        before = time.monotonic()
-        drawn = sampler.draw([Sample(g.id, 1, g.text, ()) for g in part], [("evaluate", seed, g.id, 1) for g in part])
-        seconds = (time.monotonic() - before) / len(part)
-        images += drawn
-        for goal, image in zip(part, drawn, strict=True):
-            outcomes.append(outcome(goal, image, grade, rounds=1, nfe=sampler.nfe_per_image, seconds=seconds))
-    return outcomes, images
 
 
 def closed_loop(cfg: DictConfig, sampler: Sampler, goals: list[Goal], run: Path) -> tuple[list[Outcome], list]:
@@ -83,7 +67,7 @@ def main(cfg: DictConfig) -> None:
     goals = [Goal(f"eval-{i:04d}", *row) for i, row in enumerate(benchmark_goals(cfg.num, seed=cfg.benchmark_seed))]
     goals = [goal for goal in goals if goal.level >= cfg.min_level]
     if cfg.mode == "single_step":
-        outcomes, images = single_step(sampler, goals, cfg.seed, cfg.batch)
+        outcomes, images = single_step(sampler, goals, grade, cfg.seed, cfg.batch)
     else:
         outcomes, images = closed_loop(cfg, sampler, goals, run)
     if sampler.conditioner.texts_cut:

@@ -1,11 +1,15 @@
 """Scores of a system on a list of goals, with intervals: by tag, by number of objects, with network evaluations."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from PIL.Image import Image
+from tqdm import tqdm
 
 from clvr_train.method.statistics import mean_se, wilson
+from clvr_train.method.trajectory import Sample
+from clvr_train.models.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,22 @@ def outcome(goal: Goal, image: Image | None, grade: Grade, **facts) -> Outcome:
     """Grades the final image of a goal; no image fails with score 0."""
     passed, score = (False, 0.0) if image is None else grade(goal.text, image)
     return Outcome(goal.id, goal.tag, goal.level, goal.text, bool(passed), float(score), **facts)
+
+
+def single_step(
+    sampler: Sampler, goals: Sequence[Goal], grade: Grade, seed: int, batch: int
+) -> tuple[list[Outcome], list[Image]]:
+    """One drawing from each goal's text; its noise depends on (seed, id of the goal)."""
+    outcomes, images = [], []
+    for start in tqdm(range(0, len(goals), batch), desc="evaluate"):
+        part = goals[start : start + batch]
+        before = time.monotonic()
+        drawn = sampler.draw([Sample(g.id, 1, g.text, ()) for g in part], [("evaluate", seed, g.id, 1) for g in part])
+        seconds = (time.monotonic() - before) / len(part)
+        images += drawn
+        for goal, image in zip(part, drawn, strict=True):
+            outcomes.append(outcome(goal, image, grade, rounds=1, nfe=sampler.nfe_per_image, seconds=seconds))
+    return outcomes, images
 
 
 def summarise(outcomes: Sequence[Outcome], *, steps: int, cfg: float, mode: str) -> dict:

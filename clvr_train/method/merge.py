@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def check_same_tensors(base: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> None:
+def check_same_shapes(
+    base: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]], name: str
+) -> None:
     """Raises ValueError naming the first tensors in which `other` differs from `base` by key or shape."""
     missing = sorted(base.keys() - other.keys())
     extra = sorted(other.keys() - base.keys())
@@ -16,9 +18,9 @@ def check_same_tensors(base: Mapping[str, Tensor], other: Mapping[str, Tensor], 
         raise ValueError(
             f"{name}: {len(missing)} tensors missing, e.g. {missing[:2]}; {len(extra)} unknown, e.g. {extra[:2]}"
         )
-    for key, tensor in base.items():
-        if other[key].shape != tensor.shape:
-            raise ValueError(f"{name}: {key} has shape {tuple(other[key].shape)}, base has {tuple(tensor.shape)}")
+    for key, shape in base.items():
+        if other[key] != shape:
+            raise ValueError(f"{name}: {key} has shape {other[key]}, base has {shape}")
 
 
 def merge_tensor(

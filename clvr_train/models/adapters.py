@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clvr_train.models.klein import transformer_from
@@ -113,12 +114,59 @@ def plain_copy(transformer: Flux2Transformer2DModel, state: dict[str, Tensor]) -
 
 
 def save_lora(transformer: Flux2Transformer2DModel, adapter: str, folder: Path) -> None:
-    """Writes one adapter in the `diffusers` LoRA format, which `Flux2KleinPipeline.load_lora_weights` reads."""
+    """Writes one adapter in the `diffusers` LoRA format, which `Flux2KleinPipeline.load_lora_weights` reads, and below
+    `original/` with the names of the original FLUX.2 code, for programs that follow that.
+    """
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
+    layers = get_peft_model_state_dict(transformer, adapter_name=adapter)
+    config = transformer.peft_config[adapter]
     Flux2KleinPipeline.save_lora_weights(
-        staging,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=adapter),
-        transformer_lora_adapter_metadata=transformer.peft_config[adapter].to_dict(),
+        staging, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
     )
+    (staging / "original").mkdir()
+    save_file(original_names(layers, config.lora_alpha / config.r), staging / "original" / "lora.safetensors")
     publish_folder(staging, folder)
+
+
+# Layers of a block in diffusers and in the original code (github.com/black-forest-labs/flux2, src/flux2/model.py).
+_DOUBLE = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+_FUSED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def original_names(layers: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The A and B of a LoRA under the names of the original FLUX.2 code, the scale multiplied into B.
+
+    There q, k and v are one layer: its A holds the three of theirs one above the other, its B is block-diagonal.
+    """
+    blocks: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for name in layers:
+        if name.endswith(".lora_A.weight"):
+            kind, number, layer = name.removesuffix(".lora_A.weight").split(".", 2)
+            b = scale * layers[name.replace(".lora_A.", ".lora_B.")]
+            original = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}[kind]
+            blocks.setdefault(f"diffusion_model.{original}.{number}", {})[layer] = layers[name], b
+    result = {}
+    for block, pairs in blocks.items():
+        named = {original: pairs.pop(layer) for layer, original in (_DOUBLE | _SINGLE).items() if layer in pairs}
+        for original, parts in _FUSED.items():
+            if parts[0] in pairs:
+                several = [pairs.pop(part) for part in parts]
+                named[original] = torch.cat([a for a, _ in several]), torch.block_diag(*(b for _, b in several))
+        if pairs:
+            raise ValueError(f"{block}: {sorted(pairs)[0]} has no name in the original code")
+        for original, (a, b) in named.items():
+            result[f"{block}.{original}.lora_A.weight"] = a.contiguous()
+            result[f"{block}.{original}.lora_B.weight"] = b.contiguous()
+    return result

@@ -87,9 +87,12 @@ def test_folded_weights_and_saved_lora_give_the_policys_velocity(policies, tmp_p
     x, t = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
     # Folding adds the product to the weight instead of to the output: rounding only, 3e-6 measured.
     assert torch.allclose(predict_velocity(conditioner.klein.transformer, x, t, cond), expected, atol=1e-4)
-    pipe = Flux2KleinPipeline.from_pretrained(klein.folder)
-    pipe.load_lora_weights(tmp_path / "lora")
-    assert torch.allclose(predict_velocity(pipe.transformer, x, t, cond), expected, atol=1e-4)
+    for folder in (tmp_path / "lora", tmp_path / "lora" / "original"):  # under diffusers' names and the original ones
+        pipe = Flux2KleinPipeline.from_pretrained(klein.folder)
+        pipe.load_lora_weights(folder)
+        assert torch.allclose(predict_velocity(pipe.transformer, x, t, cond), expected, atol=1e-4)
+    original = load_file(tmp_path / "lora" / "original" / "lora.safetensors")
+    assert {name.split(".")[1] for name in original} == {"double_blocks", "single_blocks"}
 
 
 def test_kind_of_a_folder(tiny_folder, distilled_folder, tmp_path):

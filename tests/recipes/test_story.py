@@ -40,7 +40,8 @@ def story(tmp_path_factory, tiny_folder, distilled_folder):
                 "model.folder=runs/s/sft/model", "pprl.epochs=2", "rollout.groups=2", "rollout.group_size=2",
                 "rollout.steps=2", "pprl.grid_every=1", *TINY)  # fmt: skip
         run("merge_weights", "experiment=shapes_merge", "run=s/merge", f"base={tiny_folder}",
-            f"distilled={distilled_folder}", "aligned=runs/s/proxy/model", *TINY)  # fmt: skip
+            f"distilled={distilled_folder}", "aligned=runs/s/sft/model", "lora=runs/s/proxy/lora",
+            "alphas=[[1.0,1.0],[0.5,1.0]]", "validation.num=2", "validation.steps=1", *TINY)  # fmt: skip
         for seed in (0, 1):
             run("evaluate", *EVAL, f"run=s/seed{seed}/eval/base", f"model.folder={tiny_folder}", f"seed={seed}")
             run("evaluate", *EVAL, f"run=s/seed{seed}/eval/merged", "model.folder=runs/s/merge/model", f"seed={seed}")
@@ -82,6 +83,12 @@ def test_merge_reports_shifts_cosine_and_sources(story):
     assert report["total"]["shift_distill"] == 0  # this distilled model has the base's weights
     assert report["total"]["shift_align"] > 0 and set(report["sources"]) == {"base", "distilled", "aligned"}
     assert "sha256" in (story / "merge" / "model" / "README.md").read_text()
+    assert report["sources"].keys() == {"base", "distilled", "aligned", "lora"}
+    tried = json.loads((story / "merge" / "sweep.json").read_text())
+    assert [(row["alpha_distill"], row["alpha_align"]) for row in tried] == [(1.0, 1.0), (0.5, 1.0)]
+    best = max(tried, key=lambda row: row["mean_score"])
+    assert report["alpha_distill"] == best["alpha_distill"] and report["alpha_align"] == best["alpha_align"]
+    assert "transformer_blocks: shift of the alignment" in (story / "merge" / "merge.html").read_text()
 
 
 def test_summary_has_the_promised_form(story):
