@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clvr_train.models.trace import CHECKPOINTING, Trace
+from clvr_train.models.blocks import CHECKPOINTING
+from clvr_train.models.trace import Trace
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16", "bf16_states")  # bf16: with an fp32 master copy; bf16_states: without

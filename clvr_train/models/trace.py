@@ -28,11 +28,10 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clvr_train.method.flow import flow_matching_loss
+from clvr_train.models.blocks import blocks_of, checkpointed
 from clvr_train.models.conditioning import Conditioning, predict_velocity
 from clvr_train.models.klein import check_kind, image_ids, text_ids
 from clvr_train.models.text_encoder import check_text_config, shape_text_encoder
-
-CHECKPOINTING = ("none", "selective", "full")  # of no block, of every second one, of all
 
 # Where no sample is padded, transformers passes no mask; fake tensors do not say so, and each layer would keep one.
 UNPADDED = "sdpa_unpadded"
@@ -158,8 +157,7 @@ class Trace:
 
     def checkpointed(self, checkpointing: str) -> range:
         """Indices of the blocks that keep only their inputs and are recomputed."""
-        number = len(self.block_saved)
-        return {"none": range(0), "selective": range(0, number, 2), "full": range(number)}[checkpointing]
+        return checkpointed(len(self.block_saved), checkpointing)
 
 
 class _Tracer:
@@ -262,8 +260,7 @@ def trace_transformer(
         velocity = predict_velocity(call, tokens(number), torch.empty(batch), cond)
         flow_matching_loss(velocity, tokens(number), tokens(number))
 
-    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    return _Tracer(blocks, dtype).run(step)
+    return _Tracer(blocks_of(transformer), dtype).run(step)
 
 
 def trace_vlm(

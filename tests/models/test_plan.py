@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from clvr_train.method.flow import flow_matching_loss
+from clvr_train.models.blocks import CHECKPOINTING, set_checkpointing
 from clvr_train.models.conditioning import Conditioning, predict_velocity
 from clvr_train.models.klein import image_ids, load_klein, text_ids
 from clvr_train.models.plan import (
@@ -284,14 +285,14 @@ def test_flops_and_activations_of_klein_4b_are_the_known_ones():
 # ---------------------------------------------------------------------------- activations
 
 
-@pytest.mark.parametrize("kind", ["none", "full"])
+@pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_activations_of_the_transformer_are_those_that_autograd_keeps(trained, tiny_folder, kind):
-    """To the byte. Checkpointed blocks also hold the rotary tables, which autograd is not shown."""
+    """To the byte. Where all blocks are checkpointed they hold the rotary tables, which autograd is not shown."""
     shapes = klein_shapes(str(tiny_folder), LAYERS, WINDOW)["transformer"]
     trace = trace_transformer(shapes, torch.float32, 4, WINDOW, TARGET, REFERENCES)
     tables = 0
+    set_checkpointing(trained.transformer, kind)
     if kind == "full":
-        trained.transformer.enable_gradient_checkpointing()
         length = WINDOW + sum(map(math.prod, (TARGET, *REFERENCES)))
         tables = 2 * 4 * length * trained.transformer.config.attention_head_dim
     kept = kept_bytes(trained.transformer, lambda: loss_of(trained, 4))
