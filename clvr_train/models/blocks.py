@@ -7,7 +7,7 @@ from diffusers import Flux2Transformer2DModel
 from torch.utils.checkpoint import checkpoint
 
 CHECKPOINTING = ("none", "selective", "full")  # of no block, of every second one, of all
-# Sizes for which compiled blocks are held: by bucket and micro-batch, with and without gradients (torch's own limit: 8).
+# Sizes for which compiled blocks are held: by bucket and micro-batch, with gradients and without (torch: 8 by default).
 MAX_COMPILED_SIZES = 64
 
 

@@ -11,10 +11,11 @@ from clvr_train.data.buckets import Size, nearest_bucket
 from clvr_train.data.cache import TensorCache
 from clvr_train.data.images import ImageError
 from clvr_train.method.trajectory import Sample
-from clvr_train.method.truncation import fit_trace
+from clvr_train.method.truncation import fit_trace, trace
 from clvr_train.models.encoding import Encoder, Memory, Picture
 from clvr_train.models.klein import Klein, count_tokens, image_ids, text_ids
 
+OVERFLOWS = ("cut", "error")
 FITTED_BYTES = 500e6  # of texts cut to the window, which counting tokens makes dear
 
 
@@ -54,6 +55,8 @@ class Conditioner:
     Args:
         size_px: (height, width) of the images that are drawn.
         target_sizes: sizes of which a target image is brought to the nearest (`data.buckets.nearest_bucket`) instead.
+        overflow: what becomes of a trace that is longer than the text window: `cut` (`method.truncation.fit_trace`) or an
+            `error`.
         cache, cache_texts, memory_gb: see `models.encoding.Encoder`.
 
     Counters: `text_calls`, `image_calls` (things encoded, not batches), `texts_cut` and `tokens_cut` (overflow).
@@ -65,6 +68,7 @@ class Conditioner:
         size_px: Size,
         *,
         target_sizes: Sequence[Size] = (),
+        overflow: str = "cut",
         cache: TensorCache | None = None,
         cache_texts: bool = False,
         memory_gb: float = 8.0,
@@ -72,7 +76,9 @@ class Conditioner:
         for size in (size_px, *target_sizes):
             if any(side % klein.token_px for side in size):
                 raise ValueError(f"size {size} px: both sides must be multiples of {klein.token_px}")
-        self.klein = klein
+        if overflow not in OVERFLOWS:
+            raise ValueError(f"model.overflow={overflow!r} is not one of {', '.join(OVERFLOWS)}")
+        self.klein, self.overflow = klein, overflow
         self.size_px, self.target_sizes = size_px, target_sizes
         self.encoder = Encoder(klein, cache=cache, cache_texts=cache_texts, memory_gb=memory_gb)
         self.texts_cut = self.tokens_cut = 0
@@ -92,12 +98,23 @@ class Conditioner:
         return self.target_sizes or (self.size_px,)
 
     def fitted_text(self, sample: Sample) -> str:
-        """The sample's trace within the text window; what had to be cut is counted once a sample."""
+        """The sample's trace within the text window; what had to be cut is counted once a sample.
+
+        Raises:
+            ValueError: it is longer, and `overflow` is `error`.
+        """
         key = (*sample.key, sample.goal, sample.reasonings)
         text = self._fitted.get(key)
         if text is None:
             klein = self.klein
             text, cut = fit_trace(sample.goal, sample.reasonings, lambda s: count_tokens(klein, s), klein.window)
+            if cut and self.overflow == "error":
+                where = f"{sample.trajectory_id}: step {sample.step}"
+                tokens = count_tokens(klein, trace(sample.goal, sample.reasonings))
+                raise ValueError(
+                    f"{where}: its text of {tokens} tokens exceeds model.window={klein.window};"
+                    " give a longer window, or model.overflow=cut"
+                )
             self.texts_cut += cut > 0
             self.tokens_cut += cut
             self._fitted.put(key, text, 4 * len(text))

@@ -54,6 +54,16 @@ def test_overflow_is_counted_once_a_sample_and_keeps_goal_and_newest(tiny_klein)
     assert conditioner.texts_cut == 1 and conditioner.tokens_cut > 30
 
 
+def test_overflow_is_an_error_where_that_is_asked_for(tiny_klein):
+    conditioner = Conditioner(tiny_klein(), (96, 96), overflow="error")
+    assert conditioner.fitted_text(sample("short")) == "a red circle\ndraw it"
+    long = sample("long", reasonings=("old " * 30, "the newest words"))
+    with pytest.raises(ValueError, match=r"long: step 1: its text of \d+ tokens exceeds model.window=48; give a long"):
+        conditioner.prime([sample("short"), long])
+    with pytest.raises(ValueError, match="model.overflow='keep' is not one of cut, error"):
+        Conditioner(tiny_klein(), (96, 96), overflow="keep")
+
+
 def test_dropped_text_keeps_references(tiny_klein):
     conditioner = Conditioner(tiny_klein(), (96, 96))
     kept, dropped = sample("a", (RED,)), sample("b", (BLUE,))
