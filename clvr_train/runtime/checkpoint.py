@@ -90,6 +90,19 @@ class Saver:
             _write, self._folder, step, self._copies, text, self._keep, self._group
         )
 
+    def reserve(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Makes the memory for copies of such tensors ahead of the first save, in the thread: fresh memory costs more
+        than the copy. Values are not read: `meta` tensors will do, and any may be left out.
+        """
+        if self._writer is not None:
+            self.wait()
+            self._under_way = self._writer.submit(self._make, [(name, t.shape, t.dtype) for name, t in tensors])
+
+    def _make(self, wanted: list[tuple[str, torch.Size, torch.dtype]]) -> None:
+        pinned = torch.cuda.is_available()
+        for name, shape, dtype in wanted:
+            self._copies[name] = torch.empty(shape, dtype=dtype, pin_memory=pinned).zero_()  # empty() touches nothing
+
     def wait(self) -> None:
         """Returns once nothing is under way; raises what the last save has raised."""
         under_way, self._under_way = self._under_way, None
@@ -308,6 +321,7 @@ def _write(
         with _together(group):
             if rank == 0:
                 files = {f"tensors-{number}.safetensors": json.loads(text) for number, text in enumerate(prints)}
+                Tensors(staging / name for name in files)  # refuses a tensor that two ranks have written
                 files[STATE] = write_synced(staging / STATE, [state.encode()])
                 manifest = json.dumps({"step": step, "files": files}, indent=1)
                 write_synced(staging / MANIFEST, [manifest.encode()])
