@@ -1,5 +1,6 @@
 """What judges and teachers answer. A failed judge gives a *missing* score, never a number."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
@@ -9,11 +10,15 @@ from clvr_train.method.trajectory import Sample
 
 @dataclass(frozen=True)
 class Score:
-    """A reward in [0, 1], or a missing one with the reason. `parts` holds the dimensions it was made of."""
+    """A reward in [0, 1], or a missing one with the reason. `parts` holds the dimensions it was made of.
+
+    `weights` names the parts of which the value is the weighted mean (they sum to 1), if it is one.
+    """
 
     value: float | None
     reason: str = ""
     parts: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.value is not None and not 0.0 <= self.value <= 1.0:
@@ -24,6 +29,37 @@ class Score:
     @property
     def missing(self) -> bool:
         return self.value is None
+
+    @property
+    def dimensions(self) -> dict[str, tuple[float, float]]:
+        """What the value is the weighted mean of, as name -> (value, weight); the value itself if of nothing."""
+        if self.missing:
+            return {}
+        return {name: (self.parts[name], weight) for name, weight in self.weights.items()} or {"": (self.value, 1.0)}
+
+
+def weighted_mean(scores: Mapping[str, tuple[Score, float]]) -> Score:
+    """The mean of scores by weights, with its parts under the scores' names; missing if one of them is.
+
+    One score alone stays as it is. A score that is itself a weighted mean comes apart into its own dimensions.
+
+    Raises:
+        ValueError: a weight is negative, or none is above 0.
+    """
+    total = sum(weight for _, weight in scores.values())
+    if not total > 0 or any(weight < 0 for _, weight in scores.values()):
+        raise ValueError(f"weights {', '.join(f'{name}={w}' for name, (_, w) in scores.items())}: all >= 0, one above")
+    missing = next((score for score, _ in scores.values() if score.missing), None)
+    if missing is not None or len(scores) == 1:
+        return missing or next(iter(scores.values()))[0]
+    parts, weights = {name: score.value for name, (score, _) in scores.items()}, {}
+    for name, (score, weight) in scores.items():
+        if len(score.parts) > 1:  # a single part is the value again
+            parts |= {f"{name}_{part}": value for part, value in score.parts.items()}
+        inner = {f"{name}_{part}": share for part, share in score.weights.items()} or {name: 1.0}
+        weights |= {part: share * weight / total for part, share in inner.items()}
+    value = sum(weight * score.value for score, weight in scores.values()) / total
+    return Score(value, parts=parts, weights=weights)
 
 
 @dataclass(frozen=True)

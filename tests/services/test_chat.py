@@ -130,7 +130,7 @@ def test_an_attempt_ends_at_its_time_however_it_trickles(act):
 @pytest.mark.parametrize("act", [*SLOW.values(), sends(http(500, "no"), wait_s=0.2)], ids=[*SLOW, "500"])
 def test_a_request_ends_at_its_deadline_with_all_attempts(act):
     answer, requests, seconds = ask(act, attempt_s=0.4, deadline_s=1.0, retries=1000)
-    assert answer.value is None and not answer.replied and 1 < requests and 0.5 < seconds < 2
+    assert answer.value is None and not answer.replied and requests > 1 and 0.5 < seconds < 2
 
 
 def test_a_server_that_asks_for_patience_gets_it_from_all_requests():
@@ -190,7 +190,8 @@ SLEEPER = """
     async def serve(reader, writer):
         try:
             while head := await reader.readuntil(b"\\r\\n\\r\\n"):
-                size = next(int(l[15:]) for l in head.decode().lower().split("\\r\\n") if l.startswith("content-length"))
+                lines = head.decode().lower().split("\\r\\n")
+                size = next(int(line[15:]) for line in lines if line.startswith("content-length"))
                 await reader.readexactly(size)
                 await asyncio.sleep(0.1)
                 writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: %d\\r\\n\\r\\n" % len(body) + body)
@@ -251,17 +252,17 @@ def test_another_model_or_server_is_asked_anew(tmp_path):
 
 
 def test_the_circuit_opens_lets_one_try_and_closes():
-    with ScriptedServer(sends(http(500, "down"))) as server:
-        with client(server, retries=0, breaker=3, cooldown_s=0.5) as chat:
-            reasons = [chat.ask(HELLO, str).reason for _ in range(6)]
-            assert reasons[:3] == ["HTTP 500: down (attempt 1)"] * 3 and len(server.requests) == 3
-            assert set(reasons[3:]) == {"not asked: 3 requests in a row failed (HTTP 500: down (attempt 1))"}
-            time.sleep(0.6)
-            assert chat.ask(HELLO, str).reason.startswith("HTTP 500") and len(server.requests) == 4
-            assert chat.ask(HELLO, str).reason.startswith("not asked") and len(server.requests) == 4
-            server.script = [says("fine")]
-            assert chat.healthy()  # looks without waiting for the cool-down
-            assert [chat.ask(HELLO, str).value for _ in range(3)] == ["fine"] * 3
+    down = ScriptedServer(sends(http(500, "down")))
+    with down as server, client(down, retries=0, breaker=3, cooldown_s=0.5) as chat:
+        reasons = [chat.ask(HELLO, str).reason for _ in range(6)]
+        assert reasons[:3] == ["HTTP 500: down (attempt 1)"] * 3 and len(server.requests) == 3
+        assert set(reasons[3:]) == {"not asked: 3 requests in a row failed (HTTP 500: down (attempt 1))"}
+        time.sleep(0.6)
+        assert chat.ask(HELLO, str).reason.startswith("HTTP 500") and len(server.requests) == 4
+        assert chat.ask(HELLO, str).reason.startswith("not asked") and len(server.requests) == 4
+        server.script = [says("fine")]
+        assert chat.healthy()  # looks without waiting for the cool-down
+        assert [chat.ask(HELLO, str).value for _ in range(3)] == ["fine"] * 3
 
 
 @pytest.mark.parametrize("act", [says("seven"), sends(http(400, "too long"))])
