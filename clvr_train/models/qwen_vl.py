@@ -3,12 +3,13 @@ real class for the shapes world."""
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
+    AddedToken,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
@@ -206,12 +207,40 @@ def load_controller(
     return Controller(model, processor, max_new_tokens=max_new_tokens, batch=batch)
 
 
-def save_vlm(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, folder: Path) -> None:
-    """Writes a transformers folder; an older one is replaced only when the new one is whole."""
+def add_image_tokens(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, number: int) -> None:
+    """Makes `<IMG_GEN_1>` .. `<IMG_GEN_number>` one token each, where they are not; as text they are several.
+
+    A new token starts as the mean of the tokens it was made of, in the embedding and in the head. They are no special
+    tokens: decoding keeps them.
+    """
+    tokenizer = processor.tokenizer
+    known = tokenizer.get_vocab()
+    names = [name for name in (f"<IMG_GEN_{n}>" for n in range(1, number + 1)) if name not in known]
+    pieces = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in names]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in names])
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # Qwen3-VL has rows to spare
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in {id(w): w for w in (model.get_input_embeddings().weight, model.lm_head.weight)}.values():
+            for name, ids in zip(names, pieces, strict=True):
+                weight[tokenizer.convert_tokens_to_ids(name)] = weight[ids].float().mean(0).to(weight.dtype)
+
+
+def save_vlm(
+    model: Qwen3VLForConditionalGeneration,
+    processor: Qwen3VLProcessor,
+    folder: Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a transformers folder; an older one is replaced only when the new one is whole.
+
+    Args:
+        weights: by the names of the model's own state, if the model does not hold them whole (ZeRO-3).
+    """
     staging = folder.with_name(folder.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.save_pretrained(staging, safe_serialization=True)
+    model.save_pretrained(staging, safe_serialization=True, state_dict=None if weights is None else dict(weights))
     processor.save_pretrained(staging)
     publish_folder(staging, folder)
 

@@ -9,7 +9,15 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from clvr_train.method.protocol import chat_messages, format_turn
 from clvr_train.method.trajectory import Step
-from clvr_train.models.qwen_vl import Controller, ImageOnlyProcessor, load_controller, make_tiny_controller
+from clvr_train.models.qwen_vl import (
+    Controller,
+    ImageOnlyProcessor,
+    add_image_tokens,
+    load_controller,
+    load_vlm,
+    make_tiny_controller,
+    save_vlm,
+)
 from clvr_train.shapes.controller import make_trajectories
 
 
@@ -133,3 +141,46 @@ def test_wrong_folders_are_refused(folder: Path, tiny_folder: Path, tmp_path: Pa
         (broken / name).unlink()
         with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
             load_controller(broken)
+
+
+def test_image_markers_as_tokens_of_their_own(folder: Path, tmp_path: Path) -> None:
+    model, processor = load_vlm(folder)
+    tokenizer, text = processor.tokenizer, "look\nedit <IMG_GEN_2>"
+    pieces = tokenizer("<IMG_GEN_2>")["input_ids"]
+    rows = model.get_input_embeddings().weight.detach().clone()
+    add_image_tokens(model, processor, 2)
+    number = tokenizer.convert_tokens_to_ids("<IMG_GEN_2>")
+    assert len(pieces) > 1 and tokenizer("<IMG_GEN_2>")["input_ids"] == [number]
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    assert tokenizer("<IMG_GEN_3>")["input_ids"][0] == pieces[0]  # the others stay text
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight[: len(rows)], rows) and model.lm_head.weight is weight
+    assert torch.allclose(weight[number], rows[pieces].mean(0))
+    save_vlm(model, processor, tmp_path / "saved")
+    again, others = load_vlm(tmp_path / "saved")
+    assert torch.equal(again.get_input_embeddings().weight, weight)
+    assert others.tokenizer(text)["input_ids"] == ids
+    add_image_tokens(again, others, 2)  # they are there
+    assert torch.equal(again.get_input_embeddings().weight, weight)
+
+
+def test_image_tokens_of_a_model_with_rows_to_spare_and_a_head_of_its_own(folder: Path) -> None:
+    model, processor = load_vlm(folder)
+    spare = model.get_input_embeddings().num_embeddings + 64
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(spare - 64, 128))
+    model.resize_token_embeddings(spare, mean_resizing=False)
+    pieces = processor.tokenizer("<IMG_GEN_1>")["input_ids"]
+    add_image_tokens(model, processor, 1)
+    number = processor.tokenizer.convert_tokens_to_ids("<IMG_GEN_1>")
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        assert len(weight) == spare and torch.allclose(weight[number], weight[pieces].mean(0))
+
+
+def test_whole_weights_from_elsewhere_are_what_is_saved(folder: Path, tmp_path: Path) -> None:
+    model, processor = load_vlm(folder)
+    weights = {name: tensor + 1 for name, tensor in model.named_parameters()}
+    save_vlm(model, processor, tmp_path / "saved", weights)
+    saved, _ = load_vlm(tmp_path / "saved")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in saved.named_parameters())
