@@ -14,11 +14,13 @@ from clvr_train.data.buckets import BucketBatches, Size, number_buckets
 from clvr_train.data.captions import Captions, fit_target
 from clvr_train.data.fine_t2i import FineT2I
 from clvr_train.data.flux_reason import FluxReason
+from clvr_train.data.images import ImageError
 from clvr_train.data.loader import Drawn, Mapped, read_ahead
 from clvr_train.data.mixing import TEXT_TO_IMAGE, Mix, step_class, step_weights
 from clvr_train.data.order import Order
-from clvr_train.data.readers import Refusals, read_trajectories
-from clvr_train.data.records import DataError
+from clvr_train.data.readers import check_pixels, read_trajectories
+from clvr_train.data.records import DataError, shown
+from clvr_train.data.refusals import Refusals
 from clvr_train.method.trajectory import Sample, Trajectory
 from clvr_train.method.truncation import truncate
 from clvr_train.models.conditioning import Conditioner
@@ -30,24 +32,43 @@ logger = logging.getLogger(__name__)
 Samples = Sequence[Sample]  # a list, or a corpus that is read when it is indexed
 
 
-def read_samples(folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0) -> list[Sample]:
-    """Every truncation of every trajectory of a folder (of the first `limit` trajectories).
+def read_folder(
+    folder: str | Path | None, refusals: Refusals, limit: int | None = None, decode: bool = True
+) -> list[Trajectory]:
+    """The trajectories of a folder, or the first `limit` of them.
 
-    Up to the share `max_refused` of bad records is left out.
+    Every image is decoded once (without `decode` its header is read): what no sample can be made of is found now, not
+    when its turn comes.
+
+    Raises:
+        DataError, ValueError: see `data.readers.read_trajectories`.
     """
-    return [sample for trajectory in _trajectories(folder, limit, max_refused) for sample in truncate(trajectory)]
+    if folder is None:
+        raise ValueError("data.folder: a folder of trajectories is needed")
+    trajectories = read_trajectories(Path(folder), decode, refusals, limit)
+    return list(tqdm(trajectories, desc="read", unit=" trajectories", mininterval=1))
 
 
-def read_direct_samples(
-    folder: str | Path | None, limit: int | None = None, max_refused: float = 0.0
-) -> list[Sample]:
+def truncated(trajectories: Sequence[Trajectory], folder: str | Path) -> list[Sample]:
+    """Every truncation of every trajectory of a folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    samples = [sample for trajectory in trajectories for sample in truncate(trajectory)]
+    if not samples:
+        raise ValueError(f"{folder}: none of its {len(trajectories)} trajectories draws an image; there is no sample")
+    return samples
+
+
+def direct_samples(trajectories: Sequence[Trajectory]) -> list[Sample]:
     """One sample a trajectory without reasoning or history: from the goal to the last image, which it ended on.
 
     Training on traces alone forgets how to draw from a bare prompt.
     """
     return [
         Sample(trajectory.id, len(trajectory.images), trajectory.goal, (), (), trajectory.images[-1])
-        for trajectory in _trajectories(folder, limit, max_refused)
+        for trajectory in trajectories
         if trajectory.images
     ]
 
@@ -70,24 +91,20 @@ def read_corpus(data: DictConfig, window: int = 1) -> Captions:
 
 
 def read_prompts(data: DictConfig, max_refused: float = 0.0) -> list[Sample]:
-    """The samples of a corpus of captions, whose goals are prompts to draw. Their captions are read, no image is."""
+    """The samples of a corpus of captions, whose goals are prompts to draw; their images are found to be readable."""
     corpus = read_corpus(data)
     samples, refusals = [], Refusals(data.folder, max_refused)
-    for index in range(len(corpus)):
+    for index in tqdm(range(len(corpus)), desc="read", unit=" prompts", mininterval=1):
         try:
-            samples.append(corpus[index])
-        except DataError as error:
+            sample = corpus[index]
+            check_pixels(sample.target)
+        except (DataError, ImageError) as error:
             refusals.refuse(error)
         else:
             refusals.accept()
+            samples.append(sample)
     refusals.finish()
     return samples
-
-
-def _trajectories(folder: str | Path | None, limit: int | None, max_refused: float) -> Iterator[Trajectory]:
-    if folder is None:
-        raise ValueError("data.folder: a folder of trajectories is needed")
-    return read_trajectories(Path(folder), max_refused=max_refused, limit=limit)
 
 
 def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = None) -> list[Sample]:
@@ -103,20 +120,36 @@ def caption_samples(num: int, seed: int, kinds: Mapping[str, float] | None = Non
     return samples
 
 
-def read_sources(data: DictConfig) -> list[tuple[Samples, Fraction]]:
-    """What the `data` keys name, each with its weight: one source, or the entries of `data.mix`."""
+def read_sources(data: DictConfig) -> tuple[list[tuple[Samples, Fraction]], int]:
+    """What the `data` keys name, each with its weight: one source, or the entries of `data.mix`; and how many records
+    were refused.
+    """
     if data.mix and (data.folder is not None or data.captions):
         raise ValueError("data.mix: every source is an entry of it; set data.folder=null and data.captions=0")
-    sources = []
+    sources, refused = [], 0
+    ids: dict[str, int] = {}
     for number, entry in enumerate(data.mix or [{}]):
         source = OmegaConf.merge(data, entry)
         if data.mix and source.folder is None and not source.captions:
             raise ValueError(f"data.mix[{number}].folder: an entry needs a folder")
-        sources.append((_read_source(source), Fraction(str(source.weight))))
-    return sources
+        refusals = Refusals(source.folder or "captions", source.max_refused)
+        samples = _read_source(source, refusals)
+        if source.format == "trajectories":
+            _check_ids(samples, number, ids)
+        sources.append((samples, Fraction(str(source.weight))))
+        refused += refusals.refused
+    return sources, refused
 
 
-def _read_source(data: DictConfig) -> Samples:
+def _check_ids(samples: Iterable[Sample], number: int, ids: dict[str, int]) -> None:
+    """Refuse an id that an earlier entry of `data.mix` has too: noise and prompts are told apart by ids."""
+    for sample in samples:
+        if (other := ids.setdefault(sample.trajectory_id, number)) != number:
+            where = f"data.mix[{number}]: id {shown(sample.trajectory_id)}"
+            raise ValueError(f"{where} stands in data.mix[{other}] too; an id is for one trajectory, over all entries")
+
+
+def _read_source(data: DictConfig, refusals: Refusals) -> Samples:
     if data.captions:
         if data.folder is not None:
             raise ValueError(f"data.captions={data.captions}, data.folder={data.folder}: a source is one or the other")
@@ -125,41 +158,22 @@ def _read_source(data: DictConfig) -> Samples:
         if data.direct:
             raise ValueError(f"data.direct=true: captions (data.format={data.format}) have no trajectories")
         return read_corpus(data, data.window)
-    samples = read_samples(data.folder, data.limit, data.max_refused)
-    if data.direct:
-        samples += read_direct_samples(data.folder, data.limit, data.max_refused)
-    return samples
+    trajectories = read_folder(data.folder, refusals, data.limit)
+    return truncated(trajectories, data.folder) + (direct_samples(trajectories) if data.direct else [])
 
 
-def encode_ahead(
-    sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner, data: DictConfig
-) -> list[tuple[Samples, Fraction]]:
-    """Encodes the samples that are held in lists, and leaves out those with an image that cannot be read; of corpora,
-    states what a cache will hold.
+def encode_ahead(sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner) -> None:
+    """Encodes the samples that are held in lists; of corpora, states what a cache will hold.
 
     Raises:
-        DataError, ValueError: more than `data.max_refused` of a source cannot be read.
+        ImageError: an image was changed since it was read.
     """
-    usable = []
-    for number, (samples, weight) in enumerate(sources):
+    for samples, _ in sources:
         if not isinstance(samples, list):
             conditioner.announce(len(samples))
-            usable.append((samples, weight))
             continue
-        folder = data.mix[number].folder if data.mix else data.folder
-        refusals = Refusals(folder or "captions", data.max_refused)
-        failed = {index: (k, error) for index, k, error in conditioner.prime(samples, partial(tqdm, desc="encode"))}
-        kept = []
-        for index, sample in enumerate(samples):
-            if index in failed:
-                k, error = failed[index]
-                refusals.refuse(DataError(folder, sample.trajectory_id, f"images[{k}]", str(error), error.rule))
-            else:
-                refusals.accept()
-                kept.append(sample)
-        refusals.finish()
-        usable.append((kept, weight))
-    return usable
+        for _, _, error in conditioner.prime(samples, partial(tqdm, desc="encode")):
+            raise error
 
 
 def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, batch: int, seed: int) -> Order | Mix:
@@ -206,11 +220,16 @@ def full_batches(
 
 
 def read_batches(
-    sources: Sequence[tuple[Samples, Fraction]], batches: Iterable[list[Drawn]], sizes: Sequence[Size], data: DictConfig
+    sources: Sequence[tuple[Samples, Fraction]],
+    batches: Iterable[list[Drawn]],
+    sizes: Sequence[Size],
+    workers: int = 0,
+    refusals: Refusals | None = None,
 ) -> Iterator[list[tuple[Drawn, Sample]]]:
     """The drawn samples of every batch; images of a corpus are opened ahead, and bad records left out: a batch may have
     none.
     """
     parts = [s if isinstance(s, list) else Mapped(s, partial(fit_target, sizes=sizes)) for s, _ in sources]
-    workers = 0 if all(isinstance(part, list) for part in parts) else data.workers
-    yield from read_ahead(ConcatDataset(parts), batches, workers=workers, max_refused=data.max_refused)
+    if all(isinstance(part, list) for part in parts):
+        workers = 0
+    yield from read_ahead(ConcatDataset(parts), batches, workers=workers, refusals=refusals)

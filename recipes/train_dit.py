@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from clvr_train.data.buckets import sizes_of_area
+from clvr_train.data.refusals import Refusals
 from clvr_train.models.klein import save_klein
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
@@ -29,11 +30,11 @@ def main(cfg: DictConfig) -> None:
     if is_finished(run):
         return
     klein = build_klein(cfg.model, expect="base")
-    sources = read_sources(cfg.data)
+    sources, refused = read_sources(cfg.data)
     side_px = round(math.sqrt(math.prod(cfg.model.size_px)))
     sizes = sizes_of_area(side_px, klein.token_px) if cfg.data.aspects else ()
     conditioner = build_conditioner(klein, cfg.model, cfg.cache, sizes)
-    sources = encode_ahead(sources, conditioner, cfg.data)
+    encode_ahead(sources, conditioner)
     logger.info(
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
         sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
@@ -49,7 +50,8 @@ def main(cfg: DictConfig) -> None:
     resume = engine.steps if saved else None
     with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
         drawn = map(draw, range(engine.steps, cfg.train.steps))
-        batches = read_batches(sources, drawn, conditioner.sizes, cfg.data)
+        refusals = Refusals("data", cfg.data.max_refused)
+        batches = read_batches(sources, drawn, conditioner.sizes, cfg.data.workers, refusals)
         for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
             out = backward_flow_matching(
                 conditioner,
@@ -62,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             )
             values = engine.step()
             if engine.steps % cfg.train.log_every == 0 or engine.steps == cfg.train.steps:
-                metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
+                metrics.log(engine.steps, loss=out.loss, refused=refused + refusals.refused, **out.metrics, **values)
             if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
                 engine.save(run / "checkpoints", engine.steps, transformer.state_dict())
             sigterm.deliver()

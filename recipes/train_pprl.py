@@ -10,8 +10,10 @@ import logging
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from clvr_train.data.refusals import Refusals
 from clvr_train.method.nft import blend_, old_decay
 from clvr_train.method.score import ProxyPrompt
+from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import AVERAGE, OLD, POLICY, add_policies, fold, parameters, plain_copy, save_lora
 from clvr_train.models.klein import save_klein
 from clvr_train.models.sampler import Sampler
@@ -25,7 +27,7 @@ from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.judge import ShapesJudge
 from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_klein, is_finished
-from recipes._data import read_direct_samples, read_prompts, read_samples
+from recipes._data import direct_samples, read_folder, read_prompts, truncated
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,11 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     out.
     """
     tasks = []
-    if cfg.data.folder is not None or cfg.data.prompts.folder is None:
-        tasks += _trajectory_tasks(cfg)
     goals = []  # without a history: each is its own prompt
-    if cfg.data.direct:
-        goals += read_direct_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
+    if cfg.data.folder is not None or cfg.data.direct or cfg.data.prompts.folder is None:
+        trajectories = read_folder(cfg.data.folder, Refusals(cfg.data.folder, cfg.data.max_refused))
+        tasks += _trajectory_tasks(cfg, truncated(trajectories, cfg.data.folder))
+        goals += direct_samples(trajectories) if cfg.data.direct else []
     if cfg.data.prompts.folder is not None:
         goals += read_prompts(cfg.data.prompts, cfg.data.max_refused)
     tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in goals]
@@ -49,8 +51,7 @@ def build_tasks(cfg: DictConfig, judge: ShapesJudge) -> list[Task]:
     return readable
 
 
-def _trajectory_tasks(cfg: DictConfig) -> list[Task]:
-    samples = read_samples(cfg.data.folder, max_refused=cfg.data.max_refused)
+def _trajectory_tasks(cfg: DictConfig, samples: list[Sample]) -> list[Task]:
     if cfg.reward == "simple":
         return [Task(sample, simple_prompt(sample)) for sample in samples]
     if cfg.reward == "proxy":

@@ -13,11 +13,12 @@ import transformers
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.readers import read_trajectories
+from clvr_train.data.refusals import Refusals
 from clvr_train.method.protocol import format_turn
 from clvr_train.method.trajectory import Trajectory
 from clvr_train.models.qwen_vl import load_vlm, make_tiny_controller
 from clvr_train.sft.vlm import sft_config, train_controller
+from recipes._data import read_folder
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     data = cfg.data
-    trajectories = list(read_trajectories(Path(data.folder), max_refused=data.max_refused, limit=data.limit))
+    trajectories = read_folder(data.folder, Refusals(data.folder, data.max_refused), data.limit)
     start = cfg.controller.folder
     folder = untrained(cfg, trajectories, run) if start == "untrained" else Path(start)
     dtype = PRECISIONS[cfg.controller.precision]

@@ -1,6 +1,5 @@
 """Reading ahead of the loop: samples are opened and prepared in the order in which the loop asks for them."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Generic, TypeVar, overload
@@ -11,16 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-logger = logging.getLogger(__name__)
+from clvr_train.data.refusals import Refusals
 
 _POOL_BLOCKS = 4  # of 16 MiB
 Drawn = tuple[int, int]  # (epoch, index), as `Order.batch` gives them
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-class RefusedError(ValueError):
-    """More samples cannot be read than the loop allows; the message names the last of them."""
 
 
 class _Unreadable(str):
@@ -47,21 +42,20 @@ class Mapped(Sequence[T], Generic[S, T]):
 
 
 def read_ahead(
-    samples: Sequence[T], batches: Iterable[list[Drawn]], *, workers: int = 0, max_refused: float = 0.0
+    samples: Sequence[T], batches: Iterable[list[Drawn]], *, workers: int = 0, refusals: Refusals | None = None
 ) -> Iterator[list[tuple[Drawn, T]]]:
     """The batches with their samples, e.g. of `(order.batch(step) for step in range(n, last))`, which resumes at step
     n. The sequence is the same for any number of workers.
 
-    A sample that cannot be read (`ValueError` or `OSError`) is left out of its batch, which may become empty, and
-    logged.
+    A sample that cannot be read (`ValueError` or `OSError`) is left out of its batch, which may become empty.
 
     Args:
         samples: what worker processes can be given; indexing it is the work.
         workers: processes that read ahead, two batches each; 0 reads when asked.
-        max_refused: the share of the samples that may be left out.
+        refusals: counts the samples that are drawn, and says how many of them may be left out; without it none.
 
     Raises:
-        RefusedError: at the first sample beyond that share.
+        ValueError: more samples cannot be read than may be left out.
     """
     loader = DataLoader(
         _Reading(samples),
@@ -71,16 +65,15 @@ def read_ahead(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else it draws from the global one
     )
-    refused: set[int] = set()
+    refusals = refusals or Refusals("samples")
     for batch in loader:
-        for (_, index), made in batch:
-            if isinstance(made, _Unreadable) and index not in refused:
-                refused.add(index)
-                if len(refused) > max_refused * len(samples):
-                    of = f"{len(refused)} of {len(samples)} samples refused, more than max_refused={max_refused}"
-                    raise RefusedError(f"{made} ({of})")
-                logger.warning("refused: %s", made)
+        for _, made in batch:
+            if isinstance(made, _Unreadable):
+                refusals.refuse(ValueError(made))
+            else:
+                refusals.accept()
         yield [(drawn, made) for drawn, made in batch if not isinstance(made, _Unreadable)]
+    refusals.finish()
 
 
 class _Reading(Dataset, Generic[T]):

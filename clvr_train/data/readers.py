@@ -1,7 +1,9 @@
 """One way to trajectories, whatever holds them: JSON, parquet or webdataset shards, a file or a folder of them."""
 
-import logging
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -9,11 +11,11 @@ from clvr_train.data.foreign import to_own
 from clvr_train.data.images import ImageError, check_size, image_name, image_size, open_image
 from clvr_train.data.parquet import parquet_chunks
 from clvr_train.data.records import Chunk, DataError, Entry, FieldError, to_trajectory
+from clvr_train.data.refusals import Refusals
 from clvr_train.data.shards import shard_chunks
 from clvr_train.data.sharegpt import FILE_NAME, check_new_id, json_chunks
 from clvr_train.method.trajectory import ImageLike, Trajectory
 
-logger = logging.getLogger(__name__)
 CONTAINERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
     ".jsonl": json_chunks,
     ".json": json_chunks,
@@ -22,7 +24,7 @@ CONTAINERS: dict[str, Callable[[Path], Iterator[Chunk]]] = {
 }
 # Of a folder's JSON files only these are trajectories; recipes leave others beside them.
 _JSON_NAMES = (FILE_NAME, "trajectories.json")
-_JUDGED_EVERY = 1000
+MAX_THREADS = 16  # each holds what it decodes, and of parquet a page
 
 
 def find_files(path: Path) -> list[Path]:
@@ -56,89 +58,77 @@ def chunks(path: Path) -> Iterator[Chunk]:
         yield from CONTAINERS[file.suffix](file)
 
 
-class Refusals:
-    """Counts refused records, logs each, and ends the reading once they are more than a share of all.
-
-    With a share of 0 the first refusal ends it. Otherwise the share is that of the records read so far, judged after
-    every 1,000 of them and at the end, so that one early record does not count for much.
-    """
-
-    def __init__(self, path: Path | str, max_refused: float = 0.0) -> None:
-        if not 0 <= max_refused < 1:
-            raise ValueError(f"max_refused={max_refused}: a share of records, from 0 to below 1")
-        self.path, self.max_refused = path, max_refused
-        self.records = self.refused = 0
-
-    def accept(self) -> None:
-        """Raises as `finish`."""
-        self.records += 1
-        if self.records % _JUDGED_EVERY == 0:
-            self._judge()
-
-    def refuse(self, error: DataError) -> None:
-        """Raises as `finish`, and `error` itself where none may be refused."""
-        if self.max_refused == 0:
-            raise error
-        logger.warning("refused: %s", error)
-        self.refused += 1
-        self.accept()
-
-    def finish(self) -> None:
-        """Judge, and say how many were refused, at the end of the data.
-
-        Raises:
-            ValueError: more records were refused than may be.
-        """
-        self._judge()
-        if self.refused:
-            logger.warning("%s: %d of %d records refused", self.path, self.refused, self.records)
-
-    def _judge(self) -> None:
-        if self.refused > self.max_refused * self.records:
-            raise ValueError(
-                f"{self.path}: {self.refused} of {self.records} records refused, more than max_refused="
-                f"{self.max_refused} allows; recipes/validate_data.py lists them all"
-            )
-
-
 def read_trajectories(
-    path: Path, decode: bool = False, max_refused: float = 0.0, limit: int | None = None
+    path: Path, decode: bool = False, refusals: Refusals | None = None, limit: int | None = None
 ) -> Iterator[Trajectory]:
     """The trajectories of a file or folder, in file order; their images are pointers that `open_image` opens later.
 
     Every record is checked whole before it is given out. Of an image only the header is read unless `decode` (of one in
-    parquet, all of it).
+    parquet, all of it): then every core decodes images ahead.
 
     Args:
         path: a `.jsonl`, `.json`, `.parquet` or `.tar` file, or a folder with `trajectories.jsonl`,
             `trajectories.json`, or parquet files, or shards.
-        max_refused: the share of bad records that may be left out (`Refusals`).
+        refusals: counts bad records, and says how many may be left out; without it none.
         limit: read no further than so many trajectories.
 
     Raises:
         FileNotFoundError: if there is nothing to read.
         DataError: at the first record that is malformed, or whose images are missing, unreadable, of no use or outside
-            the folder, if `max_refused` is 0.
-        ValueError: once more records are refused than `max_refused` allows.
+            the folder, if none may be left out.
+        ValueError: once more records are refused than may be.
     """
-    refusals, seen = Refusals(path, max_refused), set()
-    yield from islice(_accepted(Path(path), decode, refusals, seen), limit)
+    path = Path(path)
+    refusals = refusals or Refusals(path)
+    yield from islice(_accepted(path, decode, refusals), limit)
     if not refusals.records and limit != 0:
         raise DataError(find_files(path)[0], 1, "record", "the file is empty", "empty_file")
     refusals.finish()
 
 
-def _accepted(path: Path, decode: bool, refusals: Refusals, seen: set[str]) -> Iterator[Trajectory]:
-    for chunk in chunks(path):
-        for entry in chunk.entries():
+def _accepted(path: Path, decode: bool, refusals: Refusals) -> Iterator[Trajectory]:
+    seen: set[str] = set()
+    opened = _decoded_ahead(chunks(path)) if decode else ((c, _opened(c, check_header)) for c in chunks(path))
+    for chunk, outcomes in opened:
+        for number, outcome in outcomes:
             try:
-                trajectory = open_entry(chunk.file, entry, check_pixels if decode else check_header)
-                check_new_id(trajectory.id, seen)
+                if isinstance(outcome, FieldError):
+                    raise outcome
+                check_new_id(outcome.id, seen)
             except FieldError as error:
-                refusals.refuse(DataError.at(chunk.file, entry.number, error))
+                refusals.refuse(DataError.at(chunk.file, number, error))
                 continue
             refusals.accept()
-            yield trajectory
+            yield outcome
+
+
+# Number of the record, and the trajectory, or what is wrong with it.
+Opened = Iterable[tuple[int, Trajectory | FieldError]]
+
+
+def _opened(chunk: Chunk, check: Callable[[ImageLike], None]) -> Opened:
+    for entry in chunk.entries():
+        try:
+            yield entry.number, open_entry(chunk.file, entry, check)
+        except FieldError as error:
+            yield entry.number, error
+
+
+def _decoded_ahead(source: Iterator[Chunk]) -> Iterator[tuple[Chunk, Opened]]:
+    """Chunks in order. Threads will do: Pillow decodes without holding Python's lock."""
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[tuple[Chunk, Future]] = deque()
+    try:
+        for chunk in source:
+            pending.append((chunk, pool.submit(lambda one: list(_opened(one, check_pixels)), chunk)))
+            if len(pending) > threads:
+                first, future = pending.popleft()
+                yield first, future.result()
+        for chunk, future in pending:
+            yield chunk, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def open_entry(file: Path, entry: Entry, check: Callable[[ImageLike], None]) -> Trajectory:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from clvr_train.data.images import target_pixels
-from clvr_train.data.loader import Mapped, RefusedError, read_ahead
+from clvr_train.data.loader import Mapped, read_ahead
 from clvr_train.data.order import Order
+from clvr_train.data.refusals import Refusals
 from clvr_train.method.trajectory import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,17 +66,42 @@ def test_what_a_function_makes_is_a_sequence():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_cannot_be_read_is_left_out_within_a_share(workers, caplog):
     samples, order = [sample(number) for number in range(10)], Order(10, 5, seed=0)
-    with pytest.raises(RefusedError, match=r"^a.jsonl:3: images\[1\]: no such file \(1 of 10 samples refused, more"):
+    with pytest.raises(ValueError, match=r"^a.jsonl:3: images\[1\]: no such file$"):
         tail(samples, order, 0, 2, prepare=number_of, workers=workers)
-    read = tail(samples, order, 0, 4, prepare=number_of, workers=workers, max_refused=0.1)
+    refusals = Refusals("a.jsonl", 0.1)
+    read = tail(samples, order, 0, 4, prepare=number_of, workers=workers, refusals=refusals)
     assert sorted(made for batch in read for _, made in batch) == sorted(2 * [0, 1, 2, 4, 5, 6, 7, 8, 9])
     assert all(index == made for batch in read for (_, index), made in batch)
-    assert len([record for record in caplog.records if "no such file" in record.message]) == 1, "once a sample"
+    assert (refusals.refused, refusals.records) == (2, 20), "once every time that it is drawn"
+    assert len([record for record in caplog.records if "no such file" in record.message]) == 2
+
+
+def test_a_resumed_reading_is_held_to_the_same_share():
+    """However often it is broken off: one more than the share of what is read since ends it."""
+    samples = [sample(number) for number in range(2000)]
+
+    def every_fifth(one: Sample) -> int:
+        number = int(one.trajectory_id[1:])
+        if number % 5 == 0:
+            raise ValueError(f"{number} is bad")
+        return number
+
+    order = Order(2000, 10, seed=0)
+    for first in (0, 60, 1000):
+        for share, fits in ((0.3, True), (0.1, False)):
+            refusals = Refusals("data", share)
+            batches = (order.batch(step) for step in range(first, first + 200))
+            read = read_ahead(Mapped(samples, every_fifth), batches, refusals=refusals)
+            if fits:
+                assert sum(map(len, read)) == 2000 - refusals.refused
+            else:
+                with pytest.raises(ValueError, match="of 1000 records refused"):
+                    list(read)
 
 
 def test_bugs_are_no_refusals():
     with pytest.raises(ZeroDivisionError):
-        tail([sample(0)], Order(1, 1, seed=0), 0, 1, prepare=lambda sample: 1 / 0, max_refused=1.0)
+        tail([sample(0)], Order(1, 1, seed=0), 0, 1, prepare=lambda sample: 1 / 0, refusals=Refusals("data", 0.9))
 
 
 RANK = """

@@ -8,6 +8,7 @@ import pytest
 from clvr_train.data.parquet import write_parquet
 from clvr_train.data.readers import find_files, read_trajectories
 from clvr_train.data.records import DataError, to_record
+from clvr_train.data.refusals import Refusals
 from tests.data.examples import content, image_bytes, jpeg, trajectory
 
 IMAGES = [jpeg(1), jpeg(2)]
@@ -93,7 +94,7 @@ def test_text_that_is_no_utf8_is_refused_and_the_next_row_read(tmp_path: Path) -
     file.write_bytes(file.read_bytes().replace(b"QQQQQ", b"\xff\xfe\xff\xfe\xff"))
     with pytest.raises(DataError, match=r":2: record: text that is no UTF-8"):
         list(read_trajectories(file))
-    assert [t.id for t in read_trajectories(file, max_refused=0.5)] == ["t0", "t2"]
+    assert [t.id for t in read_trajectories(file, refusals=Refusals(file, 0.5))] == ["t0", "t2"]
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

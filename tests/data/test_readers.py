@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clvr_train.data.parquet import write_parquet
-from clvr_train.data.readers import Refusals, find_files, read_trajectories
+from clvr_train.data.readers import find_files, read_trajectories
 from clvr_train.data.records import DataError, to_record
+from clvr_train.data.refusals import Refusals
 from clvr_train.data.shards import write_shards
 from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
 from clvr_train.data.stored import encoded, in_memory
@@ -211,12 +212,37 @@ def test_bad_records_are_left_out_up_to_a_share(tmp_path: Path, caplog: pytest.L
     with pytest.raises(DataError, match=":2: record: "):
         list(read_trajectories(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert [t.id for t in read_trajectories(tmp_path, max_refused=0.4)] == ["t0", "t2", "t3"]
+        assert [t.id for t in read_trajectories(tmp_path, refusals=Refusals(tmp_path, 0.4))] == ["t0", "t2", "t3"]
     said = [record.getMessage() for record in caplog.records]
     assert [message.split(": ")[1].rpartition(FILE_NAME)[2] for message in said[:2]] == [":2", ":3"]
     assert said[2].endswith("2 of 5 records refused")
     with pytest.raises(ValueError, match="2 of 5 records refused, more than max_refused=0.39 allows"):
-        list(read_trajectories(tmp_path, max_refused=0.39))
+        list(read_trajectories(tmp_path, refusals=Refusals(tmp_path, 0.39)))
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_damaged_pixels_are_refused_like_any_record(tmp_path: Path, form: str) -> None:
+    """Decoded ahead in threads: the same records in the same order, and the same refusals, as one by one."""
+    for n in range(100):
+        Image.effect_noise((64, 64), 60 + n).save(tmp_path / f"{n}.png")
+    data = [Trajectory(f"t{n}", "goal", (Step("r", "generate", tmp_path / f"{n}.png"),)) for n in range(100)]
+    WRITERS[form](tmp_path / "data", data)
+    bad = {3, 40, 99}
+    for file in (path for path in (tmp_path / "data").rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        for n in bad:
+            whole = (tmp_path / f"{n}.png").read_bytes()
+            # The header stays, the pixels are no deflate stream.
+            content = content.replace(whole, whole[:41] + bytes(len(whole) - 41))
+        file.write_bytes(content)
+    assert len(list(read_trajectories(tmp_path / "data"))) == 100
+    with pytest.raises(DataError, match=r":4: images\[1\]: .*unreadable image"):
+        list(read_trajectories(tmp_path / "data", decode=True))
+    refusals = Refusals(tmp_path, 0.05)
+    read = [t.id for t in read_trajectories(tmp_path / "data", decode=True, refusals=refusals)]
+    assert read == [f"t{n}" for n in range(100) if n not in bad] and refusals.refused == 3
+    first = read_trajectories(tmp_path / "data", decode=True, refusals=Refusals(tmp_path, 0.5), limit=5)
+    assert [t.id for t in first] == ["t0", "t1", "t2", "t4", "t5"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2])

@@ -10,6 +10,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from clvr_train.data.readers import read_trajectories
 from clvr_train.data.records import DataError, to_record
+from clvr_train.data.refusals import Refusals
 from clvr_train.data.shards import write_shards
 from tests.data.examples import content, image_bytes, jpeg, trajectory
 
@@ -83,7 +84,7 @@ def test_long_names_and_strange_members(tmp_path: Path) -> None:
 
 def refused(file: Path) -> DataError:
     with pytest.raises(DataError) as error:
-        list(read_trajectories(file, max_refused=0))
+        list(read_trajectories(file))
     assert "\n" not in str(error.value)
     return error.value
 
@@ -104,7 +105,7 @@ def test_bad_records_of_a_shard(tmp_path: Path, name: str) -> None:
     bad, field, rule = BAD[name]
     error = refused(write(tmp_path / "x.tar", sample("a"), bad, sample("c")))
     assert (error.record, error.field, error.rule) == (2, field, rule)
-    assert len(list(read_trajectories(tmp_path / "x.tar", max_refused=0.5))) == 2
+    assert len(list(read_trajectories(tmp_path / "x.tar", refusals=Refusals("x", 0.5)))) == 2
 
 
 def test_a_member_that_is_there_twice(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
-from clvr_train.data.loader import RefusedError
+from clvr_train.data.refusals import Refusals
+from clvr_train.data.sharegpt import write_trajectories
+from clvr_train.method.trajectory import Step, Trajectory
 from clvr_train.shapes.base import captions
 from clvr_train.shapes.judge import ShapesJudge
 from clvr_train.shapes.render import render
@@ -55,9 +58,9 @@ def keys(folder: Path, form: str, **changed: object) -> list[str]:
 
 
 def batches(cfg: DictConfig, steps: range, batch: int = 3) -> list[list]:
-    sources = read_sources(cfg.data)
-    order = sample_order(sources, cfg.data, batch, seed=0)
-    return list(read_batches(sources, map(order.batch, steps), [tuple(cfg.model.size_px)], cfg.data))
+    sources, _ = read_sources(cfg.data)
+    order, refusals = sample_order(sources, cfg.data, batch, seed=0), Refusals(cfg.data.folder, cfg.data.max_refused)
+    return list(read_batches(sources, map(order.batch, steps), [tuple(cfg.model.size_px)], cfg.data.workers, refusals))
 
 
 @pytest.mark.parametrize("form", ["flux_reason", "fine_t2i"])
@@ -78,16 +81,25 @@ def test_bad_records_are_left_out_up_to_a_share(corpora: Path) -> None:
     overrides = keys(corpora / "bad.tar", "fine_t2i")
     seen = batches(config("train_dit", *overrides, "data.max_refused=0.25"), range(3))
     assert sorted(index for batch in seen for (epoch, index), _ in batch if epoch == 0) == [0, 1, 2, 3, 4, 7]
-    with pytest.raises(RefusedError, match=r"bad.tar:[67]:"):
+    with pytest.raises(ValueError, match=r"bad.tar:[67]:"):
         batches(config("train_dit", *overrides), range(3))
 
 
 def test_what_does_not_go_together_is_refused(corpora: Path) -> None:
+    write_trajectories(corpora / "stops", [Trajectory(name, "goal", (Step("no", "stop"),)) for name in "ab"])
+    draws = Trajectory("a", "goal", (Step("r", "generate", Image.new("RGB", (64, 64))),))
+    for name in ("one", "two"):
+        write_trajectories(corpora / name, [draws])
     for overrides, message in (
         (keys(corpora / "flux_reason", "parquet"), "format='parquet' is not one of flux_reason, fine_t2i"),
         (keys(corpora / "flux_reason", "flux_reason", direct=True), "data.direct=true: captions"),
         (keys(corpora / "flux_reason", "flux_reason", caption="poem"), "caption_poem: there is no such column"),
         (keys(None, "fine_t2i"), "data.folder: a folder or file of captions is needed"),
+        ([f"data.mix=[{{folder: {corpora / 'stops'}}}]"], "stops: none of its 2 trajectories draws an image"),
+        (
+            [f"data.mix=[{{folder: {corpora / 'one'}}}, {{folder: {corpora / 'two'}}}]"],
+            r"data.mix\[1\]: id 'a' stands in data.mix\[0\] too",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             read_sources(config("train_dit", *overrides).data)
@@ -103,6 +115,8 @@ def test_captions_are_prompts_for_rl(corpora: Path) -> None:
     cfg.data.prompts.folder = str(corpora / "bad.tar")
     with pytest.raises(ValueError, match="bad.tar:6: json: not a line of JSON"):
         build_tasks(cfg, ShapesJudge())
+    cfg.data.max_refused = 0.25  # the damaged image too is found at the start
+    assert len(build_tasks(cfg, ShapesJudge())) == NUM - 2
 
 
 def test_train_dit_trains_on_a_corpus(corpora: Path, run_recipe) -> None:
@@ -115,4 +129,5 @@ def test_train_dit_trains_on_a_corpus(corpora: Path, run_recipe) -> None:
     lines = [json.loads(line) for line in (corpora / "runs" / "fine" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
     assert result.stderr.count("refused: bad.tar:") == 2
+    assert 0 <= lines[0]["refused"] <= lines[1]["refused"] == 2
     assert OmegaConf.load(corpora / "runs" / "fine" / "config.yaml").data.format == "fine_t2i"

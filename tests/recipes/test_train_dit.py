@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections import Counter
 from fractions import Fraction
 from itertools import chain
@@ -121,26 +120,6 @@ def test_bad_sources_are_one_line(run_recipe, world, overrides: list[str], messa
     result = run_recipe(world, "train_dit", "model.folder=base", "run=bad", "train.steps=1", *overrides, check=False)
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
     assert not (world / "runs" / "bad" / "model").exists()
-
-
-def test_images_that_cannot_be_read_are_left_out_within_a_share(run_recipe, world, tmp_path) -> None:
-    """Damage in pixels shows at the start: named by record and field, counted, and beyond the share the end."""
-    for name in ("base", "runs"):
-        (tmp_path / name).symlink_to(world / name)
-    shutil.copytree(world / "runs" / "data", tmp_path / "bad")
-    record = json.loads((tmp_path / "bad" / "trajectories.jsonl").read_text().splitlines()[0])
-    damaged = tmp_path / "bad" / record["images"][-1]
-    damaged.write_bytes(damaged.read_bytes()[:150])
-    common = ["model.folder=base", *TINY, "data.folder=bad", "train.steps=1", "train.batch=2", "train.log_every=1"]
-    where = f"bad:{record['id']}: images[{len(record['images'])}]: "
-    for memory in ("8", "0.0000001"):  # encoded ahead, or only decoded
-        end = [f"run={tmp_path.name}-{memory}", f"cache.memory_gb={memory}"]
-        strict = run_recipe(tmp_path, "train_dit", *common, *end, check=False)
-        assert strict.returncode == 1 and where in strict.stderr and "Traceback" not in strict.stderr
-        result = run_recipe(tmp_path, "train_dit", *common, *end, "data.max_refused=0.2")
-        assert f"refused: {where}" in result.stderr and " records refused" in result.stderr
-        few = run_recipe(tmp_path, "train_dit", *common, *end, "data.max_refused=0.001", "run=few", check=False)
-        assert few.returncode == 1 and "more than max_refused=0.001" in few.stderr
 
 
 def test_a_batch_may_be_refused_as_a_whole(tiny_klein) -> None:
