@@ -1,0 +1,61 @@
+"""What becomes of an epoch whose judges are away: its rollouts wait for them."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from clvr_train.pprl.rollout import Group, RewardFunction, judge_missing, missing_share
+
+logger = logging.getLogger(__name__)
+MAX_TRIES = 3
+
+
+def wait_for_scores(
+    groups: Sequence[Group],
+    reward: RewardFunction,
+    *,
+    max_missing: float,
+    healthy: Callable[[], bool],
+    save: Callable[[], None],
+    ended: Callable[[], bool],
+    wait_s: float = 30.0,
+    workers: int = 0,
+) -> bool:
+    """Returns once no more than a share `max_missing` of the rollouts lack a score; False if the run is to end first.
+
+    Otherwise `save` is called, once. Whenever the judges are healthy again, what is missing is judged again; between
+    two looks at them lie `wait_s` seconds. The rollouts stay in memory. A run that is ended meanwhile draws the same
+    ones again, bit for bit, and what was judged of them comes from the cache of replies, if there is one.
+
+    Raises:
+        ValueError: judges that are healthy have given no better scores `MAX_TRIES` times.
+    """
+    tries = 0
+    while (share := missing_share(groups)) > max_missing:
+        reason = next(score.reason for group in groups for score in group.scores if score.missing)
+        if tries == 0:
+            logger.warning("%.0f %% of the scores are missing (%s); waiting for the judges", 100 * share, reason)
+            save()
+        if tries == MAX_TRIES:
+            raise ValueError(
+                f"{100 * share:.0f} % of the scores are missing, more than max_missing={max_missing:g}, although the "
+                f"judges answer: {reason}"
+            )
+        pause_s = wait_s if tries else 0.0
+        while True:
+            if _sleep(pause_s, ended):
+                return False
+            if healthy():
+                break
+            pause_s = wait_s
+        tries += 1
+        judge_missing(groups, reward, workers)
+    return True
+
+
+def _sleep(seconds: float, ended: Callable[[], bool]) -> bool:
+    """Sleeps, and returns early with True once the run is to end."""
+    until = time.monotonic() + seconds
+    while not ended() and time.monotonic() < until:
+        time.sleep(min(max(0.0, until - time.monotonic()), 0.5))
+    return ended()
