@@ -1,16 +1,18 @@
 """What several recipes build from the same config groups: models and what conditions them."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
-from torch.nn import Parameter
+from torch.nn import Module
 
 from clvr_train.data.buckets import Size
 from clvr_train.data.cache import TensorCache
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
+from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -25,12 +27,23 @@ def is_finished(run: Path) -> bool:
     return finished
 
 
-def build_klein(model: DictConfig, expect: str | None, folder: str | Path | None = None) -> Klein:
+def build_klein(
+    model: DictConfig,
+    expect: str | None,
+    folder: str | Path | None = None,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+) -> Klein:
     """The Klein model of a `model` group, from `folder` if given; `expect` is `base`, `distilled` or None for
     either.
     """
     return load_klein(
-        folder or model.folder, expect=expect, window=model.window, layers=model.layers, device=model.device
+        folder or model.folder,
+        expect=expect,
+        window=model.window,
+        layers=model.layers,
+        device=device or model.device,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
     )
 
 
@@ -49,10 +62,16 @@ def build_conditioner(
     return Conditioner(klein, tuple(model.size_px), target_sizes=target_sizes, **options)
 
 
-def build_engine(parameters: Iterable[Parameter], cfg: DictConfig, total_steps: int) -> Engine:
-    """The engine of a section that has `lr`, `schedule`, `warmup_steps`, `weight_decay` and `clip`."""
+def build_engine(module: Module, world: World, engine: DictConfig, cfg: DictConfig, total_steps: int) -> Engine:
+    """An engine for what is trained of a module; `cfg` is a section with `lr`, `schedule`, `warmup_steps`,
+    `weight_decay` and `clip`.
+    """
     return Engine(
-        parameters,
+        module,
+        world,
+        name=engine.name,
+        precision=engine.precision,
+        optimizer=engine.optimizer,
         lr=cfg.lr,
         total_steps=total_steps,
         schedule=cfg.schedule,

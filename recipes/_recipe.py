@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -21,8 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from clvr_train.runtime.distributed import World
 from clvr_train.runtime.files import write_atomic
 from clvr_train.runtime.process import LOCK, own_folder
+from clvr_train.runtime.redaction import redact
 from recipes._config import ConfigError, check_command, help_text, parse, pinned
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -55,7 +57,11 @@ def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], Non
         @functools.wraps(fn)
         def command(argv: list[str] | None = None) -> None:
             arguments = sys.argv[1:] if argv is None else list(argv)
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            handler = logging.StreamHandler()
+            handler.setFormatter(_Redacting("%(message)s"))
+            logging.basicConfig(level=logging.INFO, handlers=[handler])
+            if argv is None:
+                sys.excepthook = _show_bug
             before = signal.signal(signal.SIGTERM, _terminate)
             try:
                 args = get_args_parser().parse_intermixed_args(arguments)
@@ -65,7 +71,7 @@ def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], Non
                 jobs = check_command(name, conf, args.overrides, args.multirun)
                 if args.help:
                     doc = sys.modules[fn.__module__].__doc__ or fn.__doc__ or ""
-                    sys.stdout.write(help_text(name, conf, doc, jobs[0]))
+                    sys.stdout.write(redact(help_text(name, conf, doc, jobs[0])))
                 else:
                     missing = sorted({key for job in jobs for key in OmegaConf.missing_keys(job)})
                     if missing and not (args.cfg or args.info):
@@ -88,12 +94,13 @@ def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], Non
     return decorate
 
 
-def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
-    """`runs/<cfg.run>/`, made if missing, with the run's `config.yaml` (interpolations kept, so no secrets).
+def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = (), world: World | None = None) -> Path:
+    """`runs/<cfg.run>/`, made if missing, with the run's `config.yaml` (interpolations kept, secrets left out).
 
     Args:
         may_change: dotted keys to which a later command on the same run may give another value, say
             `train.steps`; not once the run has its `model/`, which the config would no longer describe.
+        world: several processes that are at this run together; its first rank owns the folder, the others wait for it.
 
     Raises:
         ConfigError: the name is empty or leaves `runs/`, or the run has begun with another config. A run of which
@@ -103,10 +110,13 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
     if not cfg.run or ".." in Path(cfg.run).parts or Path(cfg.run).is_absolute():
         raise ConfigError(f"run: {cfg.run!r} is not a name for a folder under runs/")
     folder = Path("runs") / cfg.run
+    if world is not None and not world.first:
+        world.barrier()
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     own_folder(folder)
     file = folder / "config.yaml"
-    text = OmegaConf.to_yaml(cfg, resolve=False)
+    text = OmegaConf.to_yaml(redact(OmegaConf.to_container(cfg, resolve=False)))
     if file.exists():
         old, new = dict(_leaves(OmegaConf.load(file))), dict(_leaves(OmegaConf.create(text)))
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -118,6 +128,8 @@ def run_folder(cfg: DictConfig, may_change: tuple[str, ...] = ()) -> Path:
                 f" (keys that differ: {', '.join(changed)}); choose another run=... or remove the folder"
             )
     write_atomic(file, text)
+    if world is not None:
+        world.barrier()
     return folder
 
 
@@ -134,6 +146,7 @@ def _run(
 
     @functools.wraps(fn)
     def job(cfg: DictConfig) -> None:
+        sys.argv[1:] = redact(sys.argv[1:])  # wandb keeps it
         swept = []
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             swept = [text for text in HydraConfig.get().overrides.task if text not in fixed]
@@ -163,15 +176,24 @@ def _run(
 
 def _folder_name(overrides: list[str]) -> str:
     """The overrides as one folder name; a long one is cut and gets a hash (file systems allow 255)."""
-    name = quote(",".join(sorted(overrides)), safe="=,.+-_[]{}: ")
+    name = quote(redact(",".join(sorted(overrides))), safe="=,.+-_[]{}: ")
     return name if len(name) <= 200 else f"{name[:180]}-{sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _report(error: BaseException, prefix: str = "") -> None:
     if os.environ.get("CLVR_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    message = " ".join(str(error).split()) or type(error).__name__
-    sys.stderr.write(f"error: {f'[{prefix}] ' if prefix else ''}{message}\n")
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
+    message = redact(" ".join(str(error).split())) or type(error).__name__
+    sys.stderr.write(f"error: {f'[{redact(prefix)}] ' if prefix else ''}{message}\n")
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, where))))
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

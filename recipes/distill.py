@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from clvr_train.data.order import Order
 from clvr_train.models.klein import save_klein
+from clvr_train.runtime.checkpoint import Saver
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
@@ -29,31 +30,35 @@ def main(cfg: DictConfig) -> None:
     conditioner = build_conditioner(klein, cfg.model)
     conditioner.prime(samples)
     student = klein.transformer.requires_grad_(True).train()
-    engine = Engine(student.parameters(), lr=cfg.train.lr, total_steps=cfg.train.steps, clip=cfg.train.clip)
-    saved = engine.resume(run / "checkpoints")
-    if saved is not None:
-        student.load_state_dict(saved[1])
+    engine = Engine(student, lr=cfg.train.lr, total_steps=cfg.train.steps, clip=cfg.train.clip)
     order = Order(len(samples), cfg.train.batch, cfg.seed)
-    resume = engine.steps if saved else None
-    with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
-        todo = range(engine.steps, cfg.train.steps)
-        for step in tqdm(todo, desc="distill", initial=engine.steps, total=cfg.train.steps):
-            drawn = order.batch(step)
-            batch = [samples[index] for _, index in drawn]
-            loss = backward_distillation(
-                conditioner,
-                teacher,
-                batch,
-                [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in zip(drawn, batch, strict=True)],
-                steps=cfg.train.student_steps,
-                cfg=cfg.train.cfg,
-                substeps=cfg.train.substeps,
-                micro_batch=cfg.train.batch,
-            )
-            metrics.log(engine.steps + 1, loss=loss, **engine.step())
-            if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
-                engine.save(run / "checkpoints", engine.steps, student.state_dict())
-            sigterm.deliver()
+    with Saver(run / "checkpoints") as saver, Deferral() as sigterm:
+        resume = engine.steps if engine.resume(saver) else None
+        bar = tqdm(desc="distill", initial=engine.steps, total=cfg.train.steps)
+        with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, bar:
+            while engine.steps < cfg.train.steps:
+                drawn = order.batch(engine.batches)
+                batch = [samples[index] for _, index in drawn]
+                loss = backward_distillation(
+                    conditioner,
+                    teacher,
+                    batch,
+                    [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in zip(drawn, batch, strict=True)],
+                    steps=cfg.train.student_steps,
+                    cfg=cfg.train.cfg,
+                    substeps=cfg.train.substeps,
+                    micro_batch=cfg.train.batch,
+                )
+                values = engine.step()
+                if engine.skipped_in_a_row:
+                    continue  # nothing has changed
+                bar.update()
+                metrics.log(engine.steps, loss=loss, **values)
+                if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
+                    engine.save(saver, engine.steps)
+                if sigterm.pending:
+                    saver.wait()
+                sigterm.deliver()
     save_klein(klein.folder, student, run / "model", distilled=True, precision=cfg.train.save_precision)
 
 

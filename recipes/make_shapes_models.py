@@ -36,7 +36,7 @@ def train_vae(cfg: DictConfig, device: str, seed: int) -> torch.nn.Module:
     images = torch.stack([to_tensor(render(scene)) for scene in scenes]).to(device)
     torch.manual_seed(seed)
     vae = tiny.tiny_vae(cfg.latent_channels).to(device).train()
-    engine = Engine(vae.parameters(), lr=cfg.lr, total_steps=cfg.steps, warmup_steps=20)
+    engine = Engine(vae, lr=cfg.lr, total_steps=cfg.steps, warmup_steps=20)
     source = generator("vae", seed)
     for _ in tqdm(range(cfg.steps), desc="vae"):
         x = images[torch.randint(len(images), (cfg.batch,), generator=source)]
@@ -67,7 +67,7 @@ def train_text_encoder(cfg: DictConfig, tokenizer, texts: list[str], device: str
     encoded = tokenizer(chats, padding=True, truncation=True, max_length=cfg.max_tokens, return_tensors="pt")
     torch.manual_seed(seed)
     model = tiny.tiny_text_encoder(tokenizer, cfg.width).to(device).train()
-    engine = Engine(model.parameters(), lr=cfg.lr, total_steps=cfg.steps, warmup_steps=50)
+    engine = Engine(model, lr=cfg.lr, total_steps=cfg.steps, warmup_steps=50)
     source = generator("text", seed)
     for _ in tqdm(range(cfg.steps), desc="text encoder"):
         rows = torch.randint(len(chats), (cfg.batch,), generator=source)

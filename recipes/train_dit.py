@@ -1,18 +1,23 @@
 """Full-parameter SFT of the diffusion transformer on truncated trajectories (CLVR 3.2, A.6).
 
-Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}; `model/` is a diffusers folder. To resume, run the
-same command again.
+Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}; `model/` is a diffusers folder. On several GPUs:
+torchrun --standalone --nproc_per_node N recipes/train_dit.py ... engine=ddp. To resume, run the same command again; the
+number of GPUs may be another.
 """
 
 import logging
 import math
+from contextlib import nullcontext
+from itertools import count
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from clvr_train.data.buckets import sizes_of_area
 from clvr_train.data.refusals import Refusals
-from clvr_train.models.klein import save_klein
+from clvr_train.models.klein import save_klein, transformer_from
+from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.sft.dit import backward_flow_matching
@@ -22,14 +27,20 @@ from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
 MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every", "data.workers", *CACHE_KEYS)
+MAY_CHANGE += ("engine.name", "engine.offload", "engine.checkpointing", "engine.compile", "engine.timeout_s")
 
 
 @recipe("train_dit")
 def main(cfg: DictConfig) -> None:
-    run = run_folder(cfg, may_change=MAY_CHANGE)
+    with start(cfg.model.device, timeout_s=cfg.engine.timeout_s) as world:
+        train(cfg, world)
+
+
+def train(cfg: DictConfig, world: World) -> None:
+    run = run_folder(cfg, MAY_CHANGE, world)
     if is_finished(run):
         return
-    klein = build_klein(cfg.model, expect="base")
+    klein = build_klein(cfg.model, expect="base", precision=cfg.engine.precision, device=world.device)
     sources, refused = read_sources(cfg.data)
     side_px = round(math.sqrt(math.prod(cfg.model.size_px)))
     sizes = sizes_of_area(side_px, klein.token_px) if cfg.data.aspects else ()
@@ -39,36 +50,49 @@ def main(cfg: DictConfig) -> None:
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
         sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,
     )  # fmt: skip
-    transformer = klein.transformer.requires_grad_(True).train()
-    engine = build_engine(transformer.parameters(), cfg.train, cfg.train.steps)
-    saved = engine.resume(run / "checkpoints")
-    if saved is not None:
-        transformer.load_state_dict(saved[1])
     draw = sample_order(sources, cfg.data, cfg.train.batch, cfg.seed).batch
     if cfg.train.full_batches:
         draw = full_batches(sources, conditioner, cfg)
-    resume = engine.steps if saved else None
-    with Metrics(run, resume, wandb=cfg.logger.wandb) as metrics, Deferral() as sigterm:
-        drawn = map(draw, range(engine.steps, cfg.train.steps))
+    transformer = klein.transformer.requires_grad_(True).train()
+    engine = build_engine(transformer, world, cfg.engine, cfg.train, cfg.train.steps)
+    with Saver(run / "checkpoints") as saver, Deferral() as sigterm:
+        resume = engine.steps if engine.resume(saver) else None
+        drawn = (world.share(draw(number)) for number in count(engine.batches))
         refusals = Refusals("data", cfg.data.max_refused)
         batches = read_batches(sources, drawn, conditioner.sizes, cfg.data.workers, refusals)
-        for batch in tqdm(batches, desc="train_dit", initial=engine.steps, total=cfg.train.steps):
-            out = backward_flow_matching(
-                conditioner,
-                [sample for _, sample in batch],
-                [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in batch],
-                shift=cfg.train.shift,
-                fixed_mu=cfg.train.fixed_mu,
-                text_dropout=cfg.train.text_dropout,
-                micro_batch=cfg.train.micro_batch,
-            )
-            values = engine.step()
-            if engine.steps % cfg.train.log_every == 0 or engine.steps == cfg.train.steps:
-                metrics.log(engine.steps, loss=out.loss, refused=refused + refusals.refused, **out.metrics, **values)
-            if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
-                engine.save(run / "checkpoints", engine.steps, transformer.state_dict())
-            sigterm.deliver()
-    save_klein(klein.folder, transformer, run / "model", precision=cfg.train.save_precision)
+        bar = tqdm(desc="train_dit", initial=engine.steps, total=cfg.train.steps, disable=not world.first)
+        with Metrics(run, resume, wandb=cfg.logger.wandb) if world.first else nullcontext() as metrics, bar:
+            while engine.steps < cfg.train.steps:
+                world.phase = f"step {engine.steps + 1}: reading"
+                batch = next(batches)
+                out = backward_flow_matching(
+                    conditioner,
+                    [sample for _, sample in batch],
+                    [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in batch],
+                    engine=engine,
+                    shift=cfg.train.shift,
+                    fixed_mu=cfg.train.fixed_mu,
+                    text_dropout=cfg.train.text_dropout,
+                    micro_batch=cfg.train.micro_batch,
+                )
+                values = engine.step()
+                if engine.skipped_in_a_row:
+                    continue  # nothing has changed
+                bar.update()
+                last = engine.steps == cfg.train.steps
+                if metrics and (last or engine.steps % cfg.train.log_every == 0):
+                    values |= {"refused": refused + refusals.refused}
+                    metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
+                sigterm.pending = any(world.gather(sigterm.pending))
+                if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and not last):
+                    engine.save(saver, engine.steps)
+                if sigterm.pending:
+                    saver.wait()
+                sigterm.deliver()
+    weights = engine.full_weights()
+    if world.first:
+        tuned = transformer_from(transformer.config, weights)
+        save_klein(klein.folder, tuned, run / "model", precision=cfg.train.save_precision)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ diffusers folder with the LoRA folded in. To resume, run the same command again.
 """
 
 import logging
+from contextlib import ExitStack
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -23,6 +24,8 @@ from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import simple_prompt, trajectory_reward
+from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.distributed import World
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.judge import ShapesJudge
@@ -74,23 +77,24 @@ def main(cfg: DictConfig) -> None:
     conditioner = build_conditioner(klein, cfg.model, cfg.cache)
     sampler = Sampler(conditioner, steps=cfg.rollout.steps, cfg=cfg.rollout.cfg, batch=cfg.rollout.batch)
     options = NFTOptions(**{name: cfg.pprl[name] for name in NFTOptions.__dataclass_fields__})
-    engine = build_engine(parameters(transformer, POLICY), cfg.pprl, cfg.pprl.epochs * cfg.pprl.steps_per_epoch)
-    saved = engine.resume(run / "checkpoints")
-    if saved is not None:
-        load_policies(transformer, saved[1])
-    resume = saved[0] if saved else None
-    first = resume or 0
+    total_steps = cfg.pprl.epochs * cfg.pprl.steps_per_epoch
+    engine = build_engine(transformer, World(device=klein.device), cfg.engine, cfg.pprl, total_steps)
 
     def reward(generation, task):
         return trajectory_reward(
             judge, generation, task.prompt, weight_global=cfg.pprl.weight_global, weight_edit=cfg.pprl.weight_edit
         )
 
-    with (
-        Metrics(run, resume, wandb=cfg.logger.wandb) as metrics,
-        RolloutRecord(run, resume) as record,
-        Deferral() as sigterm,
-    ):
+    with ExitStack() as stack:
+        sigterm = stack.enter_context(Deferral())
+        saver = stack.enter_context(Saver(run / "checkpoints"))
+        saved = engine.resume(saver)
+        if saved is not None:
+            load_policies(transformer, saved[1])
+        resume = saved[0] if saved else None
+        first = resume or 0
+        metrics = stack.enter_context(Metrics(run, resume, wandb=cfg.logger.wandb))
+        record = stack.enter_context(RolloutRecord(run, resume))
         for epoch in tqdm(range(first, cfg.pprl.epochs), desc="train_pprl", initial=first, total=cfg.pprl.epochs):
             nfe_before = sampler.nfe
             tasks = mix.groups(epoch, cfg.rollout.groups)
@@ -120,7 +124,9 @@ def main(cfg: DictConfig) -> None:
             metrics.log(epoch + 1, **values, old_decay=decay)
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
             if sigterm.pending or ((epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs):
-                engine.save(run / "checkpoints", epoch + 1, policy_tensors(transformer))
+                engine.save(saver, epoch + 1, policy_tensors(transformer))
+            if sigterm.pending:
+                saver.wait()
             sigterm.deliver()
     logger.info("%d texts were cut to the window of %d tokens", conditioner.texts_cut, klein.window)
     save_lora(transformer, AVERAGE, run / "lora")

@@ -1,13 +1,35 @@
-"""The step: schedule, clipping, and that a non-finite gradient changes nothing."""
+"""The step in one process: schedule, clipping, accumulation, precisions, and that a non-finite gradient changes
+nothing.
+"""
 
 import pytest
 import torch
 
+from clvr_train.runtime.checkpoint import CheckpointError, Saver
 from clvr_train.runtime.engine import Engine, lr_factor
+from clvr_train.runtime.optimizers import rounded
 
 
-def weights(seed=0):
-    return [torch.nn.Parameter(torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)))]
+def net(seed=0, width=80):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 1))
+
+
+def push(engine, value=2.0):
+    """Sets every gradient."""
+    for parameter in engine.module.parameters():
+        parameter.grad = torch.full_like(parameter, value)
+
+
+def train(engine, steps):
+    """Steps on data that depend on the step."""
+    values = []
+    for _ in range(steps):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(engine.batches)).to(engine.module[0].weight.dtype)
+        for rows in engine.turns([x]):
+            engine.backward((engine.module(rows).float() - rows[:, :1].float().sin()).square().mean())
+        values.append(engine.step())
+    return values
 
 
 def test_schedules():
@@ -19,57 +41,116 @@ def test_schedules():
 
 
 def test_a_step_is_adamw_on_the_clipped_gradient():
-    ours, theirs = weights(), weights()
+    ours, theirs = net(), net()
     engine = Engine(ours, lr=0.1, total_steps=10, schedule="constant", clip=0.5)
-    reference = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.0)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0)
     for _ in range(3):
-        for p in (*ours, *theirs):
+        push(engine)
+        for p in theirs.parameters():
             p.grad = torch.full_like(p, 2.0)
-        torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item()
         reference.step()
-        assert engine.step()["grad_norm"] == pytest.approx(2.0 * 6**0.5)
-    assert torch.equal(ours[0], theirs[0]) and ours[0].grad is None
+        assert engine.step()["grad_norm"] == pytest.approx(norm)
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours_p, theirs_p) and ours_p.grad is None
+
+
+def test_a_loss_in_parts_is_the_loss():
+    """4 x 1 = 1 x 4: rounding only."""
+    x, weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), []
+    for parts in (1, 4):
+        engine = Engine(net(), lr=1e-2, total_steps=10)
+        for _ in range(5):
+            for rows in engine.turns(x.chunk(parts)):
+                engine.backward(engine.module(rows).square().sum() / 4)
+            engine.step()
+        weights.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_non_finite_gradients_are_skipped_and_too_many_are_an_error():
-    parameters = weights()
-    engine = Engine(parameters, lr=0.1, total_steps=10, max_skipped=2)
-    before = parameters[0].detach().clone()
+    engine = Engine(net(), lr=0.1, total_steps=10, max_skipped=2)
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    for number in (1, 2):
+        push(engine, float("nan"))
+        assert engine.step()["skipped"] == number
+    after = list(engine.module.parameters())
+    assert all(map(torch.equal, before, after)) and not any(engine._backend.moments(n) for n in engine._trained)
+    assert (engine.steps, engine.batches) == (0, 2), "the schedule has not moved, the data have"
+    push(engine, 1.0)
+    engine.step()
+    assert (engine.steps, engine.skipped_in_a_row) == (1, 0)
     for _ in range(2):
-        parameters[0].grad = torch.full_like(parameters[0], float("nan"))
-        assert engine.step()["skipped"] == 1.0
-    assert torch.equal(parameters[0], before) and not engine.optimizer.state
-    parameters[0].grad = torch.ones_like(parameters[0])
-    assert engine.step()["skipped"] == 0.0 and engine.skipped_in_a_row == 0
-    for _ in range(2):
-        parameters[0].grad = torch.full_like(parameters[0], float("inf"))
+        push(engine, float("inf"))
         engine.step()
-    parameters[0].grad = torch.full_like(parameters[0], float("inf"))
+    push(engine, float("inf"))
     with pytest.raises(FloatingPointError, match="3 gradients in a row"):
         engine.step()
 
 
-def test_saved_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path):
-    def run(parameters, engine, steps):
-        for _ in range(steps):
-            parameters[0].grad = torch.full_like(parameters[0], float(engine.steps + 1))
-            engine.step()
-
-    whole = weights()
-    run(whole, Engine(whole, lr=0.1, total_steps=6), 6)
-    first = weights()
-    engine = Engine(first, lr=0.1, total_steps=6)
-    assert engine.resume(tmp_path) is None
-    run(first, engine, 3)
-    engine.save(tmp_path, 3, {"w": first[0]})
-    second = weights(seed=9)
-    engine = Engine(second, lr=0.1, total_steps=6)
-    step, tensors = engine.resume(tmp_path)
-    second[0].data.copy_(tensors["w"])
-    run(second, engine, 3)
-    assert step == 3 and torch.equal(second[0], whole[0])
+def test_a_loss_that_is_not_finite_spoils_the_step_even_if_its_gradient_is():
+    engine = Engine(net(), lr=0.1, total_steps=10)
+    engine.backward(engine.module(torch.ones(1, 4)).sum() * 0 + float("inf"))
+    assert engine.step()["skipped"] == 1
 
 
-def test_nothing_to_train_is_refused():
+EVERY = [(p, o) for p in ("fp32", "bf16", "bf16_states") for o in ("adamw", "adamw_bf16", "adamw8bit")]
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), EVERY)
+def test_saved_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path, precision, optimizer):
+    """Bit for bit, 8-bit moments included, whose checkpoint is float32."""
+    options = {"precision": precision, "optimizer": optimizer, "lr": 1e-2, "total_steps": 8, "weight_decay": 0.1}
+    width = 1100  # one weight of 4400 elements: smaller ones have no 8-bit moments
+    whole = Engine(net(width=width), **options)
+    train(whole, 6)
+    first = Engine(net(width=width), **options)
+    with Saver(tmp_path) as saver:
+        assert first.resume(saver) is None
+        train(first, 3)
+        first.save(saver, 3, {"more": torch.ones(2)})
+    second = Engine(net(seed=9, width=width), **options)
+    with Saver(tmp_path) as saver:
+        step, extra = second.resume(saver)
+    assert step == second.steps == 3 and extra["more"].tolist() == [1, 1]
+    train(second, 3)
+    expected, found = whole.full_weights(), second.full_weights()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected["0.weight"].dtype == (torch.bfloat16 if precision == "bf16_states" else torch.float32)
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), EVERY[1:])
+def test_every_precision_and_optimizer_learns_as_float32_does(precision, optimizer):
+    """The last losses, within a tenth of how far they have come."""
+    plain = [v["grad_norm"] for v in train(Engine(net(), lr=1e-2, total_steps=60, schedule="constant"), 60)]
+    engine = Engine(net(), precision=precision, optimizer=optimizer, lr=1e-2, total_steps=60, schedule="constant")
+    other = [v["grad_norm"] for v in train(engine, 60)]
+    mean = [sum(norms[-10:]) / 10 for norms in (plain, other)]
+    assert mean[0] < 0.5 * plain[0]
+    assert abs(mean[1] - mean[0]) < 0.1 * plain[0]
+
+
+def test_rounding_at_random_keeps_the_mean():
+    """200,000 draws of a value a quarter of the way between two of bfloat16: six standard deviations are 0.006."""
+    value = torch.full((200_000,), 1 + 0.25 / 128)
+    drawn = rounded(value, torch.Generator().manual_seed(0)).float()
+    assert set(drawn.tolist()) == {1.0, 1 + 1 / 128}
+    assert (drawn > 1).float().mean().item() == pytest.approx(0.25, abs=0.006)
+
+
+def test_what_does_not_exist_is_refused(tmp_path):
+    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
+    for options, message in (
+        ({"name": "zero9"}, "engine='zero9' is not one of single, ddp"),
+        ({"precision": "fp8"}, "engine.precision='fp8' is not one of fp32"),
+        ({"optimizer": "sgd"}, "engine.optimizer='sgd' is not one of adamw"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(net(), lr=0.1, total_steps=1, **options)
     with pytest.raises(ValueError, match="nothing to train"):
-        Engine([torch.nn.Parameter(torch.ones(1), requires_grad=False)], lr=0.1, total_steps=1)
+        Engine(frozen, lr=0.1, total_steps=1)
+    with Saver(tmp_path) as saver:
+        Engine(net(), lr=0.1, total_steps=1).save(saver, 0)
+        saver.wait()
+        with pytest.raises(CheckpointError, match="no weights of weight"):
+            Engine(torch.nn.Linear(1, 1), lr=0.1, total_steps=1).resume(saver)
