@@ -5,8 +5,8 @@ any record is refused.
 """
 
 import json
-import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from clvr_train.data.report import RULES, Report
 from clvr_train.data.validate import data_files, validate
 from clvr_train.runtime.files import write_atomic
 from recipes._recipe import recipe
-
-logger = logging.getLogger(__name__)
 
 
 def table(report: Report, show: int) -> str:
@@ -62,9 +60,9 @@ def main(cfg: DictConfig) -> None:
             bar.set_postfix(records=report.records, refused=report.refused)
 
         report = validate(data, workers, advance, cfg.format, cfg.caption)
-    logger.info("%s", table(report, cfg.show))
     if file:
         write_atomic(file, json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(table(report, cfg.show) + "\n")
     if report.refused:
         where = f"all in {file}" if file else "report=PATH writes all of them to a file"
         raise ValueError(f"{data}: {report.refused} of {report.records} records refused; {where}")

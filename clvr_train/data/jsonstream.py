@@ -1,4 +1,7 @@
-"""JSON records out of a file of any size: a record at a time, and on to the next after a bad one."""
+"""JSON records out of a file of any size: a record at a time, and on to the next after a bad one.
+
+`datasets` and pyarrow read JSON by blocks: they end at the first bad record, which they name by its place in a block.
+"""
 
 import json
 import re

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from clvr_train.data.records import FieldError, check_text
+from clvr_train.data.records import FieldError, check_text, one_line, shown
 
 _ESCAPE = re.compile(r"%(?:2e|2f|5c|00|25)", re.IGNORECASE)  # . / \ NUL, and % itself, which could hide them
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|(?:data|pipe|file):", re.IGNORECASE)
@@ -23,24 +23,24 @@ def path_inside(value: object, field: str, folder: Path) -> Path:
     if not isinstance(value, str) or not value:
         raise FieldError(field, "must be a path relative to the folder", "wrong_type")
     check_text(value, field)
-    shown, windows = repr(value[:80]), PureWindowsPath(value)
+    name, windows = shown(value), PureWindowsPath(value)
     if "\0" in value or _ESCAPE.search(value):
-        message = f"{shown} holds a NUL or an escape such as %2e; write the path plainly"
+        message = f"{name} holds a NUL or an escape such as %2e; write the path plainly"
         raise FieldError(field, message, "outside_root")
     if _URL.match(value):
-        raise FieldError(field, f"{shown} is a URL; only files inside the folder are read", "url")
+        raise FieldError(field, f"{name} is a URL; only files inside the folder are read", "url")
     if PurePosixPath(value).is_absolute() or windows.drive or windows.root:
-        message = f"{shown} is absolute; only files inside the folder are read"
+        message = f"{name} is absolute; only files inside the folder are read"
         raise FieldError(field, message, "outside_root")
     path = folder / value
     # Not Path.resolve: it raises RuntimeError at a loop of links.
     real, root = os.path.realpath(path), os.path.realpath(folder)
     if not Path(real).is_relative_to(root) or ("\\" in value and ".." in windows.parts):
-        raise FieldError(field, f"{shown} leads out of the folder", "outside_root")
+        raise FieldError(field, f"{name} leads out of the folder", "outside_root")
     if not os.path.isfile(real):
         # Opening a named pipe would wait for ever.
         message = "not a regular file" if os.path.exists(real) else "no such file"
-        raise FieldError(field, f"{path}: {message}", "missing_image")
+        raise FieldError(field, f"{one_line(str(path), 200)}: {message}", "missing_image")
     return path
 
 

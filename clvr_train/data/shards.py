@@ -15,7 +15,7 @@ from webdataset.writer import TarWriter
 
 from clvr_train.data.jsonstream import MAX_RECORD_BYTES, parse_line
 from clvr_train.data.paths import new_folder
-from clvr_train.data.records import DataError, Entry, FieldError, to_record
+from clvr_train.data.records import DataError, Entry, FieldError, shown, to_record
 from clvr_train.data.sharegpt import check_new_id
 from clvr_train.data.stored import encoded_images
 from clvr_train.data.tar_index import Span, read_head, read_span, tar_records
@@ -63,7 +63,7 @@ def _record(file: Path, key: str, members: dict[str, Span] | FieldError) -> obje
     if isinstance(members, FieldError):
         raise members
     if "json" not in members:
-        raise FieldError("record", f"there is no member {key + '.json'!r:.80}", "missing_field")
+        raise FieldError("record", f"there is no member {shown(key + '.json')}", "missing_field")
     offset, size = members["json"]
     if size > MAX_RECORD_BYTES:
         raise FieldError("record", f"longer than {MAX_RECORD_BYTES} bytes", "too_long")
@@ -77,7 +77,7 @@ def _member(
         raise FieldError(field, "must be the name of a member", "wrong_type")
     span = members.get(value.removeprefix(key + ".").lower())
     if span is None or value.lower() in ("json", f"{key}.json".lower()):
-        raise FieldError(field, f"{value[:80]!r} is no image of {key!r:.80} in the shard", "missing_image")
+        raise FieldError(field, f"{shown(value)} is no image of {shown(key)} in the shard", "missing_image")
     offset, size = span
     if size > MAX_IMAGE_BYTES:
         raise FieldError(field, f"{size} bytes are more than the {MAX_IMAGE_BYTES} allowed", "too_long")

@@ -4,9 +4,7 @@ import functools
 import io
 from pathlib import Path
 
-from PIL import Image
-
-from clvr_train.data.images import ImageError, check_size, image_name, open_image
+from clvr_train.data.images import ImageError, check_size, image_name, open_image, open_still
 from clvr_train.data.records import FieldError
 from clvr_train.method.trajectory import ImageLike, StoredImage, Trajectory
 
@@ -33,7 +31,7 @@ def encoded(image: ImageLike) -> tuple[bytes, str]:
         except FileNotFoundError as error:
             raise ImageError(f"{name}: no such file", "missing_image") from error
         check_size(open_image(in_memory(name, content)).size[::-1], name)
-        with Image.open(io.BytesIO(content)) as opened:
+        with open_still(io.BytesIO(content)) as opened:
             kind = opened.format
         return content, _SUFFIXES.get(kind, kind.lower())
     buffer, opened = io.BytesIO(), open_image(image)

@@ -2,6 +2,9 @@
 
 A record is a run of members with the same key, as in webdataset: the name up to the first dot of its last part. What
 follows is the ending.
+
+`webdataset` and `datasets` read a shard from its start, image for image, and give no offsets: any record, or the next
+one after a resume, would cost all before it. Headers are read by `tarfile`.
 """
 
 import re
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clvr_train.data.records import DataError, FieldError
+from clvr_train.data.records import DataError, FieldError, shown
 
 _MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # webdataset's: the key ends at the first dot of the file name
 _END = bytes(tarfile.BLOCKSIZE)
@@ -45,7 +48,7 @@ def tar_records(file: Path) -> Iterator[tuple[str, dict[str, Span] | FieldError,
         if isinstance(members, dict):
             twice = suffix in members
             members[suffix] = span
-            members = FieldError("record", f"two members {name!r:.80}", "bad_container") if twice else members
+            members = FieldError("record", f"two members {shown(name)}", "bad_container") if twice else members
     if key is not None:
         yield key, members, end
 
@@ -55,7 +58,7 @@ def numbered_records(file: Path) -> Iterator[tuple[int, str, dict[str, Span] | F
     seen: set[str] = set()
     for number, (key, members, end) in enumerate(tar_records(file), start=1):
         if key in seen and not isinstance(members, FieldError):
-            members = FieldError("key", f"{key!r:.80} stands in an earlier record too", "duplicate_id")
+            members = FieldError("key", f"{shown(key)} stands in an earlier record too", "duplicate_id")
         seen.add(key)
         yield number, key, members, end
 

@@ -26,15 +26,15 @@ def test_the_shapes_world_passes(world, run_recipe, tmp_path):
     report = tmp_path / "new" / "report.json"
     result = run_recipe(world, "validate_data", "data=runs/data", f"report={report}")
     assert json.loads(report.read_text()) == {"records": 24, "refused": 0, "by_rule": {}, "offenders": []}
-    assert "24 records, 0 refused" in result.stderr and "validate_data: 100%" in result.stderr
+    assert result.stdout == "24 records, 0 refused\n" and "validate_data: 100%" in result.stderr
 
 
 def test_bad_records_are_counted_named_and_end_in_status_1(world, run_recipe, damaged):
     report = damaged.parent / "report.json"
     result = run_recipe(world, "validate_data", f"data={damaged}", f"report={report}", "workers=0", check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    lines = result.stderr.splitlines()
-    assert lines[-1] == f"error: {damaged}: 2 of 24 records refused; all in {report}"
+    lines = result.stdout.splitlines()
+    assert result.stderr.splitlines()[-1] == f"error: {damaged}: 2 of 24 records refused; all in {report}"
     assert [line.split()[:2] for line in lines if line.startswith(("unknown_role ", "truncated_json "))] == [
         ["unknown_role", "1"], ["truncated_json", "1"]]  # fmt: skip
     named = [line.strip() for line in lines if line.startswith(f"  {damaged}")]
@@ -85,13 +85,13 @@ def test_a_corpus_of_captions(world, run_recipe, tmp_path):
     command = ["validate_data", f"data={tmp_path / 'flux'}", "format=flux_reason", "caption=text", f"report={report}"]
     result = run_recipe(world, *command, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "validate_data: 100%" in result.stderr
-    lines = result.stderr.splitlines()
+    lines = result.stdout.splitlines()
     assert "7 records, 2 refused; 3 more have no such caption and are left out" in lines
-    assert lines[-1] == f"error: {tmp_path / 'flux'}: 2 of 7 records refused; all in {report}"
+    assert result.stderr.splitlines()[-1] == f"error: {tmp_path / 'flux'}: 2 of 7 records refused; all in {report}"
     assert any(line.startswith(f"  {file}:5: image: {file}:5:image: not an image in JPEG, PNG, ") for line in lines)
     found = json.loads(report.read_text())
     assert set(found) == {"records", "refused", "by_rule", "offenders"}
     assert found["by_rule"] == {"not_an_image": 1, "bad_container": 1}
     tar = write_tar(tmp_path / "a.tar", fine_t2i_record("a", picture(0)) + fine_t2i_record("b", picture(1)))
     result = run_recipe(world, "validate_data", f"data={tar}", "format=fine_t2i", "workers=0")
-    assert "2 records, 0 refused" in result.stderr.splitlines()
+    assert result.stdout == "2 records, 0 refused\n"
