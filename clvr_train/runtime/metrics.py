@@ -4,13 +4,19 @@ import json
 import logging
 import math
 import re
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from clvr_train.runtime.files import write_atomic
+from clvr_train.runtime.redaction import redact
 
 FILE = "metrics.jsonl"
+MOST_WAITING = 10_000  # lines that wait for wandb, say while it looks for its server
+WAITS = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -102,38 +108,49 @@ def _lines(path: Path) -> list[str]:
 
 
 class _Mirror:
-    """Weights & Biases: the first failure is logged and ends the mirror, not the run."""
+    """Weights & Biases, in a thread of its own: whatever happens there neither stops the run nor delays its steps. The
+    first failure is logged and ends the mirror.
+    """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._run = None
-        try:
-            import wandb  # imported only where it is wanted: it takes a second and is optional
-        except ImportError as error:
-            self._give_up(error)
-            return
-        self._failures = (wandb.Error, OSError, RuntimeError, ValueError)
-        options = dict(options)
+        self._thread = ThreadPoolExecutor(1, "wandb")
+        self._calls: deque[Future] = deque()
+        self._on = True
+        self._call(lambda: self._start(redact(dict(options))))
+
+    def _start(self, options: dict[str, Any]) -> None:
+        import wandb  # only where it is wanted: it takes a second and is optional
+
         if options.get("id"):  # the name of a run may hold what an id may not, such as a slash
             options["id"] = re.sub(r"[:;,#?/']", "-", options["id"])
-        try:
-            self._run = wandb.init(**options)
-        except self._failures as error:
-            self._give_up(error)
+        # Neither the console nor the address of the repository is kept: they may hold secrets.
+        settings = wandb.Settings(console="off", disable_git=True, disable_code=True, **WAITS)
+        self._run = wandb.init(settings=settings, **options)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(values, step=step)
-            except self._failures as error:
-                self._give_up(error)
+        self._call(lambda: self._run.log(values, step=step))
 
     def finish(self, failed: bool) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=int(failed))
-            except self._failures as error:
-                self._give_up(error)
+        self._call(lambda: self._run.finish(exit_code=int(failed)))
+        self._look(wait=True)
+        self._thread.shutdown()
 
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        logger.warning("wandb is off for the rest of this run (metrics.jsonl goes on): %s", error)
+    def _call(self, action: Callable[[], Any]) -> None:
+        self._look()
+        if self._on:
+            self._calls.append(self._thread.submit(action))
+
+    def _look(self, wait: bool = False) -> None:
+        """What has come of the calls so far; a future keeps any exception, and wandb raises many kinds."""
+        while self._on and self._calls and (wait or self._calls[0].done()):
+            error = self._calls.popleft().exception()
+            if error is not None:
+                self._give_up(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        if len(self._calls) > MOST_WAITING:
+            self._give_up(f"{len(self._calls)} lines wait for it")
+
+    def _give_up(self, reason: str) -> None:
+        self._on = False
+        self._calls.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        logger.warning("wandb is off for the rest of this run (metrics.jsonl goes on): %s", redact(reason))

@@ -1,7 +1,6 @@
 """Atomic files, seeds by position, and the log of a run."""
 
 import json
-import logging
 import math
 import os
 import random
@@ -111,37 +110,3 @@ def test_a_damaged_log_is_named_by_line(tmp_path: Path) -> None:
         read_metrics(tmp_path / "absent")
     with pytest.raises(RuntimeError, match="outside of"):
         Metrics(tmp_path).log(1, loss=0.0)
-
-
-class FailingRun:
-    def log(self, values: dict, step: int) -> None:
-        raise OSError("no network")
-
-
-def test_a_failing_wandb_warns_once_and_never_stops(tmp_path: Path, monkeypatch, caplog) -> None:
-    import wandb
-
-    monkeypatch.setattr(wandb, "init", lambda **options: FailingRun())
-    with caplog.at_level(logging.WARNING), Metrics(tmp_path, wandb={"project": "p"}) as metrics:
-        metrics.log(1, loss=1.0)
-        metrics.log(2, loss=2.0)
-    assert len(read_metrics(tmp_path)) == 2
-    assert caplog.text.count("wandb is off") == 1
-
-
-def test_wandb_gets_what_the_file_gets(tmp_path: Path, monkeypatch) -> None:
-    import wandb
-
-    calls: list = []
-
-    class Run:
-        def log(self, values: dict, step: int) -> None:
-            calls.append((step, values))
-
-        def finish(self, exit_code: int) -> None:
-            calls.append(exit_code)
-
-    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or Run())
-    with Metrics(tmp_path, wandb={"project": "p"}) as metrics:
-        metrics.log(1, loss=1.0)
-    assert calls == [{"project": "p"}, (1, {"loss": 1.0}), 0]
