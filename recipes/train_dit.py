@@ -32,7 +32,8 @@ MAY_CHANGE += ("engine.name", "engine.offload", "engine.checkpointing", "engine.
 
 @recipe("train_dit")
 def main(cfg: DictConfig) -> None:
-    with start(cfg.model.device, timeout_s=cfg.engine.timeout_s) as world:
+    alone = cfg.engine.name == "single"
+    with start(cfg.model.device, timeout_s=cfg.engine.timeout_s, collectives=not alone) as world:
         train(cfg, world)
 
 
@@ -89,6 +90,7 @@ def train(cfg: DictConfig, world: World) -> None:
                 if sigterm.pending:
                     saver.wait()
                 sigterm.deliver()
+        refusals.finish()
     weights = engine.full_weights()
     if world.first:
         tuned = transformer_from(transformer.config, weights)

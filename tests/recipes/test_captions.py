@@ -131,3 +131,9 @@ def test_train_dit_trains_on_a_corpus(corpora: Path, run_recipe) -> None:
     assert result.stderr.count("refused: bad.tar:") == 2
     assert 0 <= lines[0]["refused"] <= lines[1]["refused"] == 2
     assert OmegaConf.load(corpora / "runs" / "fine" / "config.yaml").data.format == "fine_t2i"
+    result = run_recipe(
+        corpora, "train_dit", *keys("bad.tar", "fine_t2i", max_refused=0.2), "model.folder=base", "run=finer",
+        "train.steps=2", "train.batch=4", check=False,
+    )  # fmt: skip
+    assert "2 of 8 records refused, more than max_refused=0.2 allows" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and not (corpora / "runs" / "finer" / "model").exists()
