@@ -72,6 +72,7 @@ def build_engine(module: Module, world: World, engine: DictConfig, cfg: DictConf
         name=engine.name,
         precision=engine.precision,
         optimizer=engine.optimizer,
+        offload=engine.offload,
         lr=cfg.lr,
         total_steps=total_steps,
         schedule=cfg.schedule,

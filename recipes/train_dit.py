@@ -1,7 +1,7 @@
 """Full-parameter SFT of the diffusion transformer on truncated trajectories (CLVR 3.2, A.6).
 
 Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}; `model/` is a diffusers folder. On several GPUs:
-torchrun --standalone --nproc_per_node N recipes/train_dit.py ... engine=ddp. To resume, run the same command again; the
+torchrun --standalone --nproc_per_node N recipes/train_dit.py ... engine=zero2. To resume, run the same command again; the
 number of GPUs may be another.
 """
 

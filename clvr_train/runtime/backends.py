@@ -20,11 +20,18 @@ class TorchBackend:
     """Weights, gradients and optimiser are whole on every rank; with precision bf16 it keeps float32 master weights.
 
     Args:
-        options: `lr`, `betas`, `weight_decay` of the optimiser.
+        clip: largest norm of the gradient. options: `lr`, `betas`, `weight_decay` of the optimiser.
     """
 
     def __init__(
-        self, module: Module, world: World, *, precision: str, optimizer: str, options: Mapping[str, Any]
+        self,
+        module: Module,
+        world: World,
+        *,
+        precision: str,
+        optimizer: str,
+        clip: float,
+        options: Mapping[str, Any],
     ) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = dict(self.parameters)  # what the optimiser steps on
@@ -32,7 +39,7 @@ class TorchBackend:
             self._masters = {name: Parameter(p.detach().float()) for name, p in self.parameters.items()}
         if precision != "fp32":
             module.to(torch.bfloat16)
-        self.module, self._world_size = module, world.size
+        self.module, self._world_size, self._clip = module, world.size, clip
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             self.module = DistributedDataParallel(module, devices, gradient_as_bucket_view=True)
@@ -47,7 +54,7 @@ class TorchBackend:
         """Adds the gradients of this rank's part of the loss."""
         (loss * self._world_size).backward()  # DistributedDataParallel takes the mean over the ranks
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float) -> float:
         """Steps unless the norm of the gradient, which is returned, is not finite; gradients are gone in any case."""
         trained = [p for p in self.parameters.values() if p.grad is not None]
         if not trained:
@@ -58,18 +65,18 @@ class TorchBackend:
         if math.isfinite(norm.item()):
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            self._update(norm, clip)
+            self._update(norm)
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm.item()
 
-    def _update(self, norm: Tensor, clip: float) -> None:
+    def _update(self, norm: Tensor) -> None:
         for chunk in self._chunks():
             for name in chunk:
                 parameter, master = self.parameters[name], self._masters[name]
                 if parameter is not master and parameter.grad is not None:
                     master.grad, parameter.grad = parameter.grad.float(), None
-            clip_grads_with_norm_([self._masters[name] for name in chunk], clip, norm)
+            clip_grads_with_norm_([self._masters[name] for name in chunk], self._clip, norm)
             self._optimizer.step()  # of those that have a gradient
             for name in chunk:
                 self._masters[name].grad = None

@@ -17,12 +17,15 @@ from torch.nn import Module
 from clvr_train.runtime.backends import TorchBackend
 from clvr_train.runtime.checkpoint import CheckpointError, Saver
 from clvr_train.runtime.distributed import World
+from clvr_train.runtime.optimizers import OPTIMIZERS
 from clvr_train.runtime.seeding import rng_state, set_rng_state
+from clvr_train.runtime.zero import STAGES, ZeroBackend
 
-ENGINES = ("single", "ddp")
+ENGINES = ("single", "ddp", *STAGES)
 PRECISIONS = ("fp32", "bf16", "bf16_states")  # bf16: with float32 master weights; bf16_states: without
+OFFLOADS = ("none", "optimizer")
 SCHEDULES = ("constant", "cosine")
-MODEL, OPTIMIZER, RNG, EXTRA = "model.", "optimizer.", "rng.", "extra."
+MODEL, STATE, RNG, EXTRA = "model.", "optimizer.", "rng.", "extra."
 KINDS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "step")
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class Engine:
     batches seen, of which some may have been skipped.
 
     Args:
-        name, precision, optimizer: as in conf/engine/.
+        name, precision, optimizer, offload: as in conf/engine/.
         lr: peak learning rate. clip: largest norm of the gradient.
         max_skipped: so many batches in a row may have a gradient that is not finite; one more is an error.
     """
@@ -61,6 +64,7 @@ class Engine:
         name: str = "single",
         precision: str = "fp32",
         optimizer: str = "adamw",
+        offload: str = "none",
         lr: float,
         total_steps: int,
         schedule: str = "cosine",
@@ -71,15 +75,19 @@ class Engine:
         max_skipped: int = 3,
     ) -> None:
         self.world = world or World()
-        _check(name, precision, self.world)
-        options = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        _check(name, precision, optimizer, offload, self.world)
         self._plain = module
         self._trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if not self._trained:
             raise ValueError("no parameter asks for a gradient: nothing to train")
-        self._backend = TorchBackend(module, self.world, precision=precision, optimizer=optimizer, options=options)
+        options = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        common = {"precision": precision, "optimizer": optimizer, "clip": clip, "options": options}
+        if name in STAGES:
+            self._backend = ZeroBackend(module, self.world, name=name, offload=offload == "optimizer", **common)
+        else:
+            self._backend = TorchBackend(module, self.world, **common)
         self.module = self._backend.module
-        self.lr, self.clip, self.max_skipped = lr, clip, max_skipped
+        self.lr, self.max_skipped = lr, max_skipped
         self.schedule, self.warmup_steps, self.total_steps = schedule, warmup_steps, total_steps
         self.steps = self.batches = self.skipped = self.skipped_in_a_row = 0
 
@@ -115,7 +123,7 @@ class Engine:
         lr = self.lr * lr_factor(
             self.steps, schedule=self.schedule, warmup_steps=self.warmup_steps, total_steps=self.total_steps
         )
-        norm = self._backend.step(lr, self.clip)
+        norm = self._backend.step(lr)
         self.batches += 1
         if math.isfinite(norm):
             self.steps += 1
@@ -141,7 +149,7 @@ class Engine:
         """What this rank writes; all ranks go through the same parameters, of which some must be put together."""
         for name, owner in self._owners().items():
             tensors = {f"{MODEL}{name}": self._backend.weight(name)}
-            tensors |= {f"{OPTIMIZER}{name}.{kind}": value for kind, value in self._backend.moments(name).items()}
+            tensors |= {f"{STATE}{name}.{kind}": value for kind, value in self._backend.moments(name).items()}
             if owner == self.world.rank:
                 yield from tensors.items()
         yield from ((f"{RNG}{self.world.rank}.{name}", state) for name, state in rng_state().items())
@@ -173,7 +181,7 @@ class Engine:
         for name in self._trained:
             if name not in names:
                 raise CheckpointError(f"step {step}: no weights of {name}: a checkpoint of another model or an old one")
-            kept = {kind: f"{OPTIMIZER}{name}.{kind}" for kind in KINDS}
+            kept = {kind: f"{STATE}{name}.{kind}" for kind in KINDS}
             moments = {kind: tensors[key] for kind, key in kept.items() if key in tensors}
             self._backend.restore(name, tensors[f"{MODEL}{name}"], moments)
         for name, count in counts.items():
@@ -198,11 +206,13 @@ class Engine:
         return state
 
 
-def _check(name: str, precision: str, world: World) -> None:
+def _check(name: str, precision: str, optimizer: str, offload: str, world: World) -> None:
     """Refuses settings that do not exist, before anything is built."""
-    if name not in ENGINES:
-        raise ValueError(f"engine={name!r} is not one of {', '.join(ENGINES)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"engine.precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    given = {"": (name, ENGINES), ".precision": (precision, PRECISIONS), ".optimizer": (optimizer, OPTIMIZERS)}
+    for key, (value, choices) in (given | {".offload": (offload, OFFLOADS)}).items():
+        if value not in choices:
+            raise ValueError(f"engine{key}={value!r} is not one of {', '.join(choices)}")
     if name == "single" and world.size > 1:
-        raise ValueError(f"engine=single has one process, and {world.size} were started: engine={ENGINES[1]} has many")
+        raise ValueError(f"engine=single: has one process, and {world.size} were started; choose another engine")
+    if name not in STAGES and offload != "none":
+        raise ValueError(f"engine.offload={offload}, engine={name}: only {', '.join(STAGES)} can (on one GPU too)")

@@ -105,15 +105,14 @@ def set_moments(optimizer: Optimizer, parameter: Tensor, saved: Mapping[str, Ten
     """The inverse of `moments`, for an optimiser that has made no step; without `saved` there is nothing to set."""
     if not saved:
         return
-    if isinstance(optimizer, torch.optim.AdamW):
-        step = saved["step"].to(parameter.device if optimizer.param_groups[0]["fused"] else "cpu", torch.float32)
-        kept = {name: torch.empty_like(parameter).copy_(saved[name]) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": step.clone(), **kept}
-    elif isinstance(optimizer, AdamWBf16):
-        kept = {name: torch.empty_like(parameter, dtype=torch.bfloat16).copy_(saved[name]) for name in MOMENTS}
-        optimizer.state[parameter] = {"step": saved["step"].clone().float(), **kept}
-    else:
+    if not isinstance(optimizer, torch.optim.AdamW | AdamWBf16):
         _set_8bit(optimizer, parameter, saved)
+        return
+    fused = optimizer.param_groups[0].get("fused")
+    dtype = torch.bfloat16 if isinstance(optimizer, AdamWBf16) else parameter.dtype
+    kept = {name: torch.empty_like(parameter, dtype=dtype).copy_(saved[name]) for name in MOMENTS}
+    step = saved["step"].to(parameter.device if fused else "cpu", torch.float32).clone()
+    optimizer.state[parameter] = {"step": step, **kept}
 
 
 def _set_8bit(optimizer: Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:

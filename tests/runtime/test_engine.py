@@ -141,7 +141,11 @@ def test_rounding_at_random_keeps_the_mean():
 def test_what_does_not_exist_is_refused(tmp_path):
     frozen = torch.nn.Linear(1, 1).requires_grad_(False)
     for options, message in (
-        ({"name": "zero9"}, "engine='zero9' is not one of single, ddp"),
+        ({"name": "zero9"}, "engine='zero9' is not one of single, ddp, zero1, zero2, zero3"),
+        ({"offload": "weights"}, "engine.offload='weights' is not one of none, optimizer"),
+        ({"offload": "optimizer"}, "engine.offload=optimizer, engine=single: only zero1, zero2, zero3 can"),
+        ({"name": "zero2", "optimizer": "adamw8bit"}, "engine.optimizer=adamw8bit, engine=zero2"),
+        ({"name": "zero2", "optimizer": "adamw_bf16", "offload": "optimizer"}, "adamw_bf16, engine.offload"),
         ({"precision": "fp8"}, "engine.precision='fp8' is not one of fp32"),
         ({"optimizer": "sgd"}, "engine.optimizer='sgd' is not one of adamw"),
     ):

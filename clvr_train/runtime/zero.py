@@ -1,0 +1,162 @@
+"""What an engine steps with when ranks share what they hold: DeepSpeed's ZeRO, imported nowhere else.
+
+ZeRO-1 divides the optimiser's moments and float32 weights among the ranks, ZeRO-2 the gradients too, ZeRO-3 the weights
+that the forward uses too. DeepSpeed's own checkpoints are not used: they hold pickles, and fit one number of ranks.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from clvr_train.runtime.distributed import World
+from clvr_train.runtime.optimizers import MOMENTS, make_optimizer, set_moments
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+class ZeroBackend:
+    """The interface of `TorchBackend`, by a DeepSpeed engine.
+
+    Args:
+        offload: the moments and float32 weights are in the host's memory, and are stepped on there.
+
+    Raises:
+        ValueError: DeepSpeed is not installed, or has no such combination.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        world: World,
+        *,
+        name: str,
+        precision: str,
+        optimizer: str,
+        offload: bool,
+        clip: float,
+        options: Mapping[str, Any],
+    ) -> None:
+        if optimizer == "adamw8bit":
+            raise ValueError(f"engine.optimizer=adamw8bit, engine={name}: 8-bit moments need whole tensors on a rank")
+        if offload and (optimizer != "adamw" or precision == "bf16_states"):
+            setting = f"engine.optimizer={optimizer}" if optimizer != "adamw" else "engine.precision=bf16_states"
+            raise ValueError(f"{setting}, engine.offload=optimizer: on the host there is AdamW in float32 alone")
+        self._deepspeed, self._stage, self._world = _import(name, world), STAGES[name], world
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if precision != "fp32":
+            module.to(torch.bfloat16)
+        trained = list(self.parameters.values())
+        adam = self._deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(make_optimizer, optimizer)
+        config = _config(self._stage, precision, offload, clip)
+        self.module, *_ = self._deepspeed.initialize(
+            model=module, optimizer=adam(trained, **options), config=config, dist_init_required=False
+        )
+        self._zero = self.module.optimizer  # around ours, which sees each rank's share as flat tensors
+
+    def expect(self, last: bool) -> None:
+        self.module.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        self.module.backward(loss * self._world.size, scale_wrt_gas=False)  # DeepSpeed takes the mean over the ranks
+
+    def step(self, lr: float) -> float:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self.module.step()
+        return math.nan if self._zero.overflow else float(self.module.get_global_grad_norm())
+
+    def weight(self, name: str) -> Tensor:
+        return self._deepspeed.utils.safe_get_full_fp32_param(self.parameters[name]).detach()
+
+    def frozen(self, parameter: Parameter) -> Tensor:
+        with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            return parameter.detach().clone()
+
+    def moments(self, name: str) -> dict[str, Tensor]:
+        state = next(iter(self._zero.optimizer.state.values()), None)
+        if not state:
+            return {}
+        get = self._deepspeed.utils.safe_get_full_optimizer_state
+        kept = {kind: get(self.parameters[name], kind) for kind in MOMENTS}
+        return kept | {"step": torch.tensor(float(state["step"]))}
+
+    @torch.no_grad()
+    def restore(self, name: str, weight: Tensor, saved: Mapping[str, Tensor]) -> None:
+        parameter, utils = self.parameters[name], self._deepspeed.utils
+        with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+            parameter.copy_(weight)
+        if saved:
+            self._begin(saved["step"])
+        parts = {None: weight} | {kind: saved[kind] for kind in MOMENTS if kind in saved}
+        for kind, value in parts.items():
+            value = value.to(self._world.device, torch.float32)
+            of = (parameter, self._share(parameter, value) if self._stage == 3 else value)
+            if kind is None and self._stage == 3:
+                utils.safe_set_local_fp32_param(*of)
+            elif kind is None:
+                utils.safe_set_full_fp32_param(*of)
+            elif self._stage == 3:
+                utils.safe_set_local_optimizer_state(*of, kind)
+            else:
+                utils.safe_set_full_optimizer_state(*of, kind)
+
+    def _share(self, parameter: Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a whole tensor under ZeRO-3: the last rank's is filled up."""
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * self._world.size - value.numel()))
+        return padded.narrow(0, size * self._world.rank, size)
+
+    def _begin(self, step: Tensor) -> None:
+        """Makes the optimiser's state as after so many steps, with moments of 0; nothing if there is one."""
+        optimizer = self._zero.optimizer
+        if optimizer.state:
+            return
+        third = self._stage == 3
+        flat = self._zero.fp32_partitioned_groups_flat if third else self._zero.single_partition_of_fp32_groups
+        nothing = {"step": step, **{kind: torch.zeros(()) for kind in MOMENTS}}
+        for tensor in flat:
+            set_moments(optimizer, tensor, nothing)
+        if not third:
+            self._zero._lazy_init_hp_params_optimizer_state()  # as after its first step
+
+
+def _import(name: str, world: World) -> ModuleType:
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed calls collectives of torch by names that torch has replaced.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed  # takes seconds and is optional
+    except ImportError as error:
+        raise ValueError(f"engine={name}: DeepSpeed is not installed ({error})") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _config(stage: int, precision: str, offload: bool, clip: float) -> dict[str, Any]:
+    without_masters = precision == "bf16_states"
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
+    if not offload:
+        del zero["offload_optimizer"]
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of which it knows nothing
+        "gradient_accumulation_steps": 2,  # or more: with 1 an offloaded norm is that of the last micro-batch
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "bf16": {
+            "enabled": precision != "fp32",
+            "check_grad_overflow": True,
+            "bf16_master_weights_and_grads": without_masters,
+            "bf16_optimizer_states": without_masters,
+        },
+    }

@@ -1,0 +1,85 @@
+"""What two processes do, started by test_engines.py: every engine trains a small net, saves, resumes, and says what
+came of it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.distributed import World, start
+from clvr_train.runtime.engine import Engine
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+STEPS, SAVED = 6, 3  # updates; the checkpoint
+BAD = 4  # number of the batch with a loss that is not finite, after the checkpoint
+OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, "clip": 0.5}
+
+
+def net(seed: int = 0) -> nn.Module:
+    """Tensors of which most cannot be divided by two, and one layer that is not trained."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 31), nn.Tanh(), nn.Linear(31, 3), nn.Tanh(), nn.Linear(3, 1))
+    torch.manual_seed(99)
+    for parameter in model[0].requires_grad_(False).parameters():
+        nn.init.normal_(parameter)
+    return model
+
+
+def batch(number: int) -> Tensor:
+    """7 samples of 5 numbers."""
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(number))
+
+
+def train(engine: Engine, world: World, until: int) -> list[dict[str, float]]:
+    """In micro-batches of 2: of one rank four, of two ranks two, one of which has a sample less."""
+    values = []
+    while engine.steps < until:
+        rows = batch(engine.batches)
+        mine = world.share(rows)
+        for part in engine.turns(mine.split(2)):
+            inputs = rows[:1] if part is None else part
+            errors = (engine.module(inputs.to(dtype(engine))).float()[:, 0] - inputs.sum(1).sin()).square()
+            bad = engine.batches == BAD and world.rank == world.size - 1
+            engine.backward(errors.sum() / len(rows) * (0 if part is None else float("nan") if bad else 1))
+        values.append(engine.step())
+    return values
+
+
+def dtype(engine: Engine) -> torch.dtype:
+    return next(engine.module.parameters()).dtype
+
+
+def main(folder: Path) -> None:
+    found, weights = {}, {}
+
+    def keep(case: str, engine: Engine, **values: object) -> None:
+        found[case] = {"steps": engine.steps, "batches": engine.batches, "skipped": engine.skipped} | values
+        for name, tensor in engine.full_weights().items():
+            weights[f"{case}/{name}"] = tensor.float()
+
+    with start("cpu", timeout_s=60, collectives=True) as world:
+        for name in ENGINES:
+            engine = Engine(net(), world, name=name, **OPTIONS)
+            with Saver(folder / name) as saver:
+                train(engine, world, SAVED)
+                engine.save(saver, SAVED)
+                values = train(engine, world, STEPS)
+            keep(name, engine, values=values)
+            for case, source in ((f"{name} resumed", name), (f"{name} of one", "single")):
+                engine = Engine(net(seed=5), world, name=name, **OPTIONS)
+                with Saver(folder / source) as saver:
+                    engine.resume(saver)
+                train(engine, world, STEPS)
+                keep(case, engine)
+        if world.first:
+            (folder / "found.json").write_text(json.dumps(found))
+            save_file(weights, folder / "weights.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
