@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 
 from clvr_train.data.images import open_image
+from clvr_train.models.blocks import CHECKPOINTING
 from clvr_train.models.tiny import train_tokenizer
 from clvr_train.runtime.files import publish_folder
 
@@ -243,6 +244,20 @@ def save_vlm(
     model.save_pretrained(staging, safe_serialization=True, state_dict=None if weights is None else dict(weights))
     processor.save_pretrained(staging)
     publish_folder(staging, folder)
+
+
+def set_checkpointing(model: Qwen3VLForConditionalGeneration, kind: str) -> None:
+    """Activation checkpointing of no block, of every second one, or of all, those of the vision tower first.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in CHECKPOINTING:
+        raise ValueError(f"checkpointing={kind!r} is not one of {', '.join(CHECKPOINTING)}")
+    if kind == "none":
+        model.activation_checkpointing_disable()
+    else:
+        model.activation_checkpointing_enable(every_n_layers=1 if kind == "full" else 2)
 
 
 # ---------------------------------------------------------------------------- the tiny one

@@ -1,22 +1,21 @@
 """SFT of the VLM controller: full parameters, loss on the assistant's turns only (CLVR A.6). The loop is TRL's.
 
-TRL tokenises and loads images on the fly; its own collator makes the loss mask from the `{% generation %}` marks of the
-chat template. Its checkpoints hold the weights as safetensors, but optimiser, schedule and random state as `.pt` files:
-transformers reads those with `weights_only=True`, which runs no code of theirs. Still, resume only runs you made.
+TRL tokenises, loads images on the fly, makes the loss mask from the `{% generation %}` marks of the chat template, and
+computes the loss without the logits of whole sequences. What steps is `runtime.engine`, as in the other trainings: so
+precision, optimisers, DeepSpeed, checkpoints (no pickle) and gradients that are not finite are the same everywhere.
 """
 
 import contextlib
 import functools
 import json
-import math
-import os
 import random
-import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -28,31 +27,23 @@ from trl import SFTConfig, SFTTrainer
 
 from clvr_train.data.images import open_image
 from clvr_train.data.order import Order
-from clvr_train.method.protocol import chat_messages
 from clvr_train.method.trajectory import ImageLike, Trajectory
-from clvr_train.models.qwen_vl import save_vlm
+from clvr_train.models.qwen_vl import Controller, save_vlm
+from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
+from clvr_train.runtime.process import Deferral
+from clvr_train.sft.chats import Chat
+from clvr_train.sft.vlm_validation import validate
 
 _LOGGED = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy")
 
 
-def chat_example(trajectory: Trajectory) -> dict:
-    """A trajectory as TRL wants it: messages with an empty image part where each image goes, and the images in order.
+def training_order(sizes: Sequence[tuple], steps: int, batch: int, seed: int, window: int = 16) -> list[int]:
+    """The chat at every position of the training, a function of its arguments alone.
 
-    Plain strings would not do: TRL puts all images of such a chat before its first turn.
-    """
-    messages = [
-        {**message, "content": [{"type": "image"} if "image" in part else part for part in message["content"]]}
-        for message in chat_messages(trajectory.goal, trajectory.steps)
-    ]
-    return {"messages": messages, "images": list(trajectory.images)}
-
-
-def training_order(sizes: list[tuple], steps: int, batch: int, seed: int, window: int = 16) -> list[int]:
-    """The trajectory at every position of the training, a function of its arguments alone.
-
-    Within `window` batches the trajectories are sorted by size, so that a batch is padded little, and the batches
-    shuffled. Every epoch still visits every trajectory once.
+    Within `window` batches the chats are sorted by size, so that a batch is padded little, and the batches shuffled.
+    Every epoch still visits every chat once.
     """
     order = Order(len(sizes), batch, seed)
     result: list[int] = []
@@ -66,151 +57,248 @@ def training_order(sizes: list[tuple], steps: int, batch: int, seed: int, window
     return result
 
 
-def _chats(trajectories: list[Trajectory], order: list[int]) -> Dataset:
-    """The examples in the order of training; images are opened when their turn comes."""
-    examples = [chat_example(trajectory) for trajectory in trajectories]
-    images = [example["images"] for example in examples]
-    columns = {"chat": [json.dumps(example["messages"]) for example in examples], "row": list(range(len(examples)))}
-    return Dataset.from_dict(columns).select(order).with_transform(functools.partial(_opened, images))
+def _rows(chats: Sequence[Chat], order: list[int]) -> Dataset:
+    """The chats in the order of training; images are opened when their turn comes."""
+    columns = {"chat": [json.dumps(chat.messages) for chat in chats], "row": list(range(len(chats)))}
+    opened = functools.partial(_opened, [chat.images for chat in chats])
+    return Dataset.from_dict(columns).select(order).with_transform(opened)
 
 
-def _opened(images: list[list[ImageLike]], rows: dict[str, list]) -> dict[str, list]:
+def _opened(images: list[Sequence[ImageLike]], rows: dict[str, list]) -> dict[str, list]:
     return {
         "messages": [json.loads(chat) for chat in rows["chat"]],
         "images": [[open_image(image) for image in images[row]] for row in rows["row"]],
     }
 
 
+class ControllerTrainer(SFTTrainer):
+    """TRL's trainer over chats, silent, in an order that depends on seed and batch alone; `engine` does the steps.
+
+    Give it the engine with `take` before `train`: an engine wants the model where the trainer has put it.
+    """
+
+    engine: Engine
+
+    def __init__(
+        self,
+        model: Qwen3VLForConditionalGeneration,
+        processor: Qwen3VLProcessor,
+        chats: Sequence[Chat],
+        config: SFTConfig,
+    ) -> None:
+        self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        sizes = [(len(chat.images), sum(len(json.dumps(m["content"])) for m in chat.messages)) for chat in chats]
+        order = training_order(sizes, config.max_steps, self.batch, config.seed)
+        super().__init__(model, config, train_dataset=_rows(chats, order), processing_class=processor)
+        for noise in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noise)
+        # The loss is a mean over the batch's tokens, however it is cut into micro-batches. Transformers would not count
+        # them for this class, whose own loss takes no such number; TRL's does.
+        self.model_accepts_loss_kwargs = True
+        self._lr = 0.0
+        self._turns: Iterator[None] = iter(())
+
+    def take(self, engine: Engine, saver: Saver) -> None:
+        """Steps with this engine, from the batch that it has come to."""
+        self.engine, self.saver = engine, saver
+        rows = self.train_dataset
+        self.train_dataset = rows.select(range(engine.batches * self.batch, len(rows)))
+
+    def inputs(self, chats: Sequence[Chat]) -> dict[str, Tensor]:
+        """The model's inputs and labels for chats, on its device."""
+        rows = [
+            {"messages": list(chat.messages), "images": [open_image(image) for image in chat.images]} for chat in chats
+        ]
+        return self._prepare_inputs(self.data_collator(rows))
+
+    # ----------------------------------------------------------------- what the engine does instead of accelerate
+
+    def _init_training_state(self, max_steps, num_update_steps, num_epochs, resume_from_checkpoint, trial):
+        super()._init_training_state(max_steps, num_update_steps, num_epochs, None, trial)
+        self.state.global_step = self.engine.batches
+        return 0, 0  # the data set begins where the engine has come to
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self.optimizer = self.lr_scheduler = _Still()
+        self.model_wrapped = self.engine.module
+        self.callback_handler.model = self.model
+        return self.engine.module, train_dataloader
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        if next(self._turns, "over") == "over":
+            self._turns = self.engine.turns([None] * self.args.gradient_accumulation_steps)
+            next(self._turns)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # TRL's is the part of the global mean times the number of ranks, whose mean it takes for the log.
+        self.engine.backward(loss / self.args.world_size)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model) -> float:
+        values = self.engine.step()
+        self._lr = values["lr"]
+        return values["grad_norm"]
+
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        return grad_norm
+
+    def _get_learning_rate(self) -> float:
+        return self._lr
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.state.global_step < self.state.max_steps:  # at the end there is the model
+            self.engine.save(self.saver, self.state.global_step)
+
+    def _send_telemetry(self) -> None:
+        """Nothing is told to anyone."""
+
+
+class _Still:
+    """Stands where TRL expects an optimiser and a schedule: the engine has its own."""
+
+    param_groups: tuple = ()
+
+    def step(self) -> None: ...
+
+
 class _Report(TrainerCallback):
-    def __init__(self, metrics: Metrics | None, on_step: Callable[[int], None] | None) -> None:
-        self.metrics, self.on_step = metrics, on_step
+    """Writes metrics, validates, and stops the loop when the process is asked to end."""
+
+    def __init__(
+        self,
+        trainer: ControllerTrainer,
+        metrics: Metrics | None,
+        sigterm: Deferral,
+        validation: Callable[[], dict[str, float]] | None,
+        validate_every: int,
+        on_step: Callable[[int], None] | None,
+    ) -> None:
+        self.trainer, self.metrics, self.sigterm, self.on_step = trainer, metrics, sigterm, on_step
+        self.validation, self.validate_every = validation, validate_every
+        self.stopped = False
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         values = {("lr" if name == "learning_rate" else name): logs[name] for name in _LOGGED if name in logs}
         if self.metrics is not None and values:
-            self.metrics.log(state.global_step, **values)
+            self.metrics.log(state.global_step, **values, skipped=self.trainer.engine.skipped)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        last = state.global_step == state.max_steps
+        if self.validation is not None and (last or state.global_step % self.validate_every == 0):
+            self.trainer.engine.world.phase = f"step {state.global_step}: validating"
+            values = self.validation()
+            if self.metrics is not None:
+                self.metrics.log(state.global_step, **values)
         if self.on_step is not None:
             self.on_step(state.global_step)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run; one that a kill left unfinished is removed."""
-    whole: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            state = json.loads((path / "trainer_state.json").read_text())  # the last file to be written
-            whole.append((state["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return max(whole)[1] if whole else None
+        self.sigterm.pending = any(self.trainer.engine.world.gather(self.sigterm.pending))
+        if self.sigterm.pending and not last:
+            self.stopped = control.should_save = control.should_training_stop = True
 
 
 def sft_config(
     run: Path,
     *,
     steps: int,
-    lr: float,
     batch: int = 8,
     micro_batch: int = 1,
-    schedule: str = "cosine",
-    warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    world_size: int = 1,
     seed: int = 0,
     device: str = "cpu",
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
     workers: int = 0,
     log_every: int = 10,
     save_every: int = 500,
 ) -> SFTConfig:
-    """TRL's settings for a controller: `batch` trajectories in an optimiser step over all processes, `micro_batch` of
-    them in a forward of one process.
+    """TRL's settings for a controller: `batch` chats in an optimiser step over all ranks, `micro_batch` of them in a
+    forward of one rank.
 
     Raises:
-        ValueError: if `batch` is no multiple of `micro_batch` times the number of processes.
+        ValueError: if `batch` is no multiple of `micro_batch` times the number of ranks.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch % (micro_batch * world):
-        raise ValueError(f"batch={batch}: must be a multiple of micro_batch={micro_batch} x {world} processes")
+    if batch % (micro_batch * world_size):
+        raise ValueError(f"batch={batch}: must be a multiple of micro_batch={micro_batch} x {world_size} processes")
     with warnings.catch_warnings():
         # TRL sets this option by its old name whatever we do; its new name is younger than the oldest version we run.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        return SFTConfig(
+        config = SFTConfig(
             output_dir=str(run / "checkpoints"),
             assistant_only_loss=True,
-            max_length=None,  # a cut would separate image tokens from their images
+            max_length=None,  # a cut would separate image tokens from their images; `chats.fit_chats` shortens
             max_steps=steps,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=batch // (micro_batch * world),
-            learning_rate=lr,
-            lr_scheduler_type=schedule,
-            warmup_steps=math.ceil(warmup_ratio * steps),
-            weight_decay=weight_decay,
-            max_grad_norm=clip,
-            optim="adamw_torch",
-            bf16=bf16,
+            gradient_accumulation_steps=batch // (micro_batch * world_size),
+            bf16=False,  # the engine's precision is that of the weights, not autocast
+            # The engine knows when ranks have to sum their gradients.
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
             use_cpu=device == "cpu",
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=False,  # `models.qwen_vl.set_checkpointing`
+            use_cache=True,  # of the model that is saved; a forward with a loss keeps none
             seed=seed,
             train_sampling_strategy="sequential",  # the data set is already in training order
             remove_unused_columns=False,
             dataloader_num_workers=workers,
             dataloader_pin_memory=device != "cpu",
             logging_steps=log_every,
+            logging_nan_inf_filter=False,
             save_steps=save_every,
-            save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
         )
-
-
-def build_trainer(
-    model: Qwen3VLForConditionalGeneration,
-    processor: Qwen3VLProcessor,
-    trajectories: list[Trajectory],
-    config: SFTConfig,
-) -> SFTTrainer:
-    """TRL's trainer over the trajectories, silent, in an order that depends on the config's seed and batch alone."""
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    sizes = [(len(t.images), sum(len(step.reasoning) for step in t.steps)) for t in trajectories]
-    order = training_order(sizes, config.max_steps, batch, config.seed)
-    trainer = SFTTrainer(model, config, train_dataset=_chats(trajectories, order), processing_class=processor)
-    for noise in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noise)
-    return trainer
+    config._n_gpu = min(config.n_gpu, 1)  # the engine's ranks, not DataParallel over whatever is visible
+    return config
 
 
 def train_controller(
     model: Qwen3VLForConditionalGeneration,
     processor: Qwen3VLProcessor,
-    trajectories: list[Trajectory],
+    chats: Sequence[Chat],
     run: Path,
     config: SFTConfig,
+    make_engine: Callable[[Qwen3VLForConditionalGeneration], Engine],
     *,
+    save_dtype: torch.dtype = torch.float32,
+    validation: Sequence[tuple[Trajectory, Chat]] = (),
+    validate_every: int = 500,
+    max_new_tokens: int = 128,
     wandb: dict | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Path:
-    """Trains all parameters of the controller and returns the folder of the result, `<run>/model`.
+    """Trains what asks for a gradient and returns the folder of the result, `<run>/model`.
 
-    Called again after a kill it goes on from the last checkpoint of the run. Also writes `<run>/metrics.jsonl`.
+    Called again after a kill it goes on from the last whole checkpoint of the run. Also writes `<run>/metrics.jsonl`.
 
     Args:
-        trajectories: with images as pointers (`data.readers.read_trajectories`).
         config: of `sft_config`, with the same `run`.
+        make_engine: called with the model once it is where it is trained.
+        save_dtype: of the weights in the result.
+        validation: trajectories with their chats, validated every `validate_every` steps and at the end.
         on_step: called after each step with the number of steps done.
     """
-    checkpoint = last_checkpoint(run / "checkpoints")
-    resume_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
-    trainer = build_trainer(model, processor, trajectories, config)
+    trainer = ControllerTrainer(model, processor, chats, config)
+    engine = make_engine(model)
     with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(Saver(run / "checkpoints"))
+        sigterm = stack.enter_context(Deferral())
+        resumed = engine.resume(saver) is not None
         metrics = None
-        if config.process_index == 0:
-            metrics = stack.enter_context(Metrics(run, resume_step=resume_step, wandb=wandb))
-        trainer.add_callback(_Report(metrics, on_step))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if config.process_index == 0:
-        save_vlm(trainer.accelerator.unwrap_model(trainer.model), processor, run / "model")
+        if engine.world.first:
+            metrics = stack.enter_context(Metrics(run, engine.batches if resumed else None, wandb=wandb))
+        trainer.take(engine, saver)
+        controller = Controller(model, processor, max_new_tokens=max_new_tokens)
+        check = functools.partial(
+            validate, model, controller, validation, trainer.inputs, engine.world
+        ) if validation else None  # fmt: skip
+        report = _Report(trainer, metrics, sigterm, check, validate_every, on_step)
+        trainer.add_callback(report)
+        if engine.batches < config.max_steps:
+            trainer.train()
+        if report.stopped:
+            saver.wait()
+            sigterm.deliver()
+    weights = engine.full_weights()
+    if engine.world.first:
+        names = dict(model.named_parameters())  # a head that shares its weight with the embedding is not named
+        weights = {name: weights[name].to(save_dtype) for name in names}
+        save_vlm(model, processor, run / "model", weights)
     return run / "model"

@@ -1,15 +1,22 @@
 """train_vlm and run_closed_loop run whole, on tiny models; bad input ends in one line."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from clvr_train.data.sharegpt import write_trajectories
+from clvr_train.models.qwen_vl import load_vlm
 from clvr_train.runtime.metrics import read_metrics
 from clvr_train.shapes.controller import make_trajectories
 from recipes.run_closed_loop import main as run_closed_loop
 from recipes.train_vlm import main as train_vlm
+from tests.recipes.conftest import command
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +38,55 @@ def test_train_vlm_makes_a_run_and_goes_on_after_it(place: Path, monkeypatch: py
     monkeypatch.chdir(place)
     run = place / "runs/made"
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "model"} <= {path.name for path in run.iterdir()}
-    assert [row["step"] for row in read_metrics(run)] == [2, 4]
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [2, 4] and {"loss", "lr", "grad_norm", "skipped"} <= rows[0].keys()
     weights = (run / "model/model.safetensors").read_bytes()
     train_vlm([*TRAIN, "run=made"])
     assert (run / "model/model.safetensors").read_bytes() == weights
+
+
+def test_validation_shortening_tokens_and_frozen_tower_by_keys(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(place)
+    with caplog.at_level("WARNING"):
+        train_vlm([*TRAIN, "run=keys", "validation.folder=data", "validation.num=2", "validation.every=3",
+                   "validation.max_new_tokens=4", "train.max_length=120", "train.too_long=shorten",
+                   "train.vision=false", "controller.image_tokens=8", "engine.checkpointing=selective",
+                   "engine.precision=bf16", "train.save_precision=bf16"])  # fmt: skip
+    assert "longer than train.max_length=120" in caplog.text and "turns are lost" in caplog.text
+    rows = read_metrics(place / "runs/keys")
+    assert [(row["step"], "val_action" in row) for row in rows] == [(2, False), (3, True), (4, True), (4, False)]
+    before, _ = load_vlm(place / "runs/keys/untrained")
+    after, processor = load_vlm(place / "runs/keys/model", dtype=None)
+    assert after.dtype == torch.bfloat16 and len(processor.tokenizer("<IMG_GEN_8>")["input_ids"]) == 1
+    tower = [dict(model.model.visual.named_parameters()) for model in (before, after)]
+    assert all(torch.equal(p.bfloat16(), tower[1][name]) for name, p in tower[0].items())
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_next_command_ends_as_if_it_had_not_come(place: Path, run_recipe) -> None:
+    arguments = [*TRAIN, "train.log_every=1", "train.steps=20", "train.save_every=1000"]
+    run = place / "runs/asked"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums depend on it
+    with subprocess.Popen(
+        command("train_vlm", *arguments, "run=asked"), cwd=place, env=environment, stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"run the same command again" in errors
+    assert not (run / "model").exists()
+    (step,) = (int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert 3 <= step < 20 and len(read_metrics(run)) == step
+    run_recipe(place, "train_vlm", *arguments, "run=asked")
+    run_recipe(place, "train_vlm", *arguments, "run=calm")
+    models = [(place / "runs" / name / "model/model.safetensors").read_bytes() for name in ("asked", "calm")]
+    assert models[0] == models[1]
+    assert read_metrics(run) == read_metrics(place / "runs/calm")
 
 
 def test_run_closed_loop_writes_a_row_for_every_goal(
@@ -57,7 +109,16 @@ def test_run_closed_loop_writes_a_row_for_every_goal(
     (train_vlm, ["data.folder=none"], "none/trajectories.jsonl: no such file"),
     (train_vlm, ["data.folder=broken"], "broken/trajectories.jsonl:1: images[1]: "),
     (train_vlm, ["train.batch=6"], "batch=6: must be a multiple"),
-    (train_vlm, ["controller.precision=fp8"], "controller.precision='fp8' is not one of fp32, bf16"),
+    (train_vlm, ["engine.precision=fp8"], "engine.precision='fp8' is not one of fp32, bf16"),
+    (train_vlm, ["engine.compile=true"], "engine.compile=true: trajectories have all lengths"),
+    (train_vlm, ["engine.checkpointing=half"], "checkpointing='half' is not one of none, selective, full"),
+    (train_vlm, ["controller.device=gpu"], "controller.device='gpu' is not one of cpu, cuda, auto"),
+    (train_vlm, ["controller.image_tokens=1"], "images: controller.image_tokens=1"),
+    (train_vlm, ["train.max_length=9", "train.too_long=shorten"], "no trajectory fits 9 tokens"),
+    (train_vlm, ["train.max_length=90"], "tokens, 90 are allowed; raise max_length"),
+    (train_vlm, ["train.too_long=cut", "train.max_length=90"], "too_long='cut' is not one of refuse, shorten"),
+    (train_vlm, ["train.save_precision=fp8"], "train.save_precision='fp8' is not one of fp32, bf16"),
+    (train_vlm, ["validation.folder=none"], "none/trajectories.jsonl: no such file"),
     (train_vlm, ["train.step=3"], "did you mean 'train.steps'"),
     (run_closed_loop, ["controller.folder=x"], "there is no goal"),
     (run_closed_loop, ["controller.folder=x", "goals_file=none.txt"], "none.txt"),

@@ -50,7 +50,8 @@ def model_length(chat: Chat, processor: Qwen3VLProcessor) -> int:
 @pytest.mark.parametrize("max_pixels", [None, 64 * 64])
 def test_length_by_headers_is_that_of_the_models_input(folder: Path, max_pixels: int | None) -> None:
     processor = load_processor(folder, max_pixels)
-    chats = [chat_of(t) for t in (*make_trajectories(5, 0, "train"), BLIND, trajectory([(96, 96), (50, 300), (20, 20)]))]
+    mixed = trajectory([(96, 96), (50, 300), (20, 20)])
+    chats = [chat_of(t) for t in (*make_trajectories(5, 0, "train"), BLIND, mixed)]
     assert [num_tokens(chat, processor) for chat in chats] == [model_length(chat, processor) for chat in chats]
 
 
