@@ -66,8 +66,11 @@ def score_all(score: Callable[[Item], Score], items: Sequence[Item], workers: in
     """The scores of all items, in order; so many at a time, or one after the other in this thread with `workers` 0."""
     if not workers:
         return [score(item) for item in items]
-    with ThreadPoolExecutor(workers, thread_name_prefix="judge") as pool:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+    try:
         return list(pool.map(score, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # of an interrupt: do not sit out the requests under way
 
 
 def simple_prompt(sample: Sample) -> ProxyPrompt:

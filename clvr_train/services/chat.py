@@ -61,20 +61,23 @@ class ChatOptions:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request: the parsed value, or None with the reason. `replied` tells a bad reply from none."""
+    """What came of a request: the parsed value, or None with the reason.
+
+    `away`: the server is to blame, and another request would fare no better now.
+    """
 
     value: Any
     reason: str = ""
     text: str = ""
-    replied: bool = True
+    away: bool = False
 
 
 class ChatError(OSError):
-    """No chat completion came of a request; `healthy` where only this request is to blame."""
+    """No chat completion came of a request; not `away`: only this request is to blame."""
 
-    def __init__(self, message: str, healthy: bool = False) -> None:
+    def __init__(self, message: str, away: bool = True) -> None:
         super().__init__(message)
-        self.healthy = healthy
+        self.away = away
 
 
 def user_turn(*parts: str | Image) -> dict[str, Any]:
@@ -143,13 +146,20 @@ class ChatClient:
         self.close()
 
     def close(self) -> None:
-        """Ends the connections and the thread."""
+        """Ends what is under way, the connections and the thread."""
         if not self._loop.is_closed():
-            for client in self._clients:
-                self._submit(client.aclose()).result()
+            self._submit(self._end()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for client in self._clients:
+            await client.aclose()
 
     def ask(self, messages: Sequence[Mapping[str, Any]], parse: Callable[[str], Any]) -> Answer:
         """Sends the messages and parses the text of the reply; blocks until it is there or has failed.
@@ -178,7 +188,7 @@ class ChatClient:
             value = parse(text)
         except ChatError as error:
             self._count(failed=1)
-            return Answer(None, str(error), replied=False)
+            return Answer(None, str(error), away=error.away)
         except ValueError as error:
             self._count(unusable=1)
             return Answer(None, self._clean(f"reply: {error}"), text)
@@ -222,10 +232,11 @@ class ChatClient:
                 message, finish = self._message(body)
             except (TimeoutError, ChatError) as error:
                 reason = str(error) or f"no reply within {self.options.deadline_s:g} s"
-                if not (isinstance(error, ChatError) and error.healthy):
+                away = not isinstance(error, ChatError) or error.away
+                if away:
                     self._failures, self._last_failure = self._failures + 1, reason
                     self._open_until = time.monotonic() + self.options.cooldown_s
-                raise ChatError(reason) from None
+                raise ChatError(reason, away) from None
             self._failures = 0
         finally:
             self._slots.put_nowait(client)
@@ -254,7 +265,7 @@ class ChatClient:
                     return body
                 reason = self._clean(f"HTTP {status}: {body[:1000].decode('utf-8', 'replace')}")
                 if status not in _RETRIED and status < 500:
-                    raise ChatError(reason, healthy=status in _OF_THE_REQUEST)
+                    raise ChatError(reason, away=status not in _OF_THE_REQUEST)
                 asked = retry_after_s(headers.get("retry-after"))
                 if asked is not None:
                     wait = asked

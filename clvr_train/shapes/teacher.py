@@ -18,6 +18,8 @@ from clvr_train.shapes.world import Goal
 class ShapesTeacher:
     """Writes proxy prompts for the shapes world."""
 
+    name = "shapes 1"  # raise the number when it writes other prompts
+
     def proxy_prompt(self, sample: Sample) -> ProxyPrompt:
         """The proxy prompt of a sample.
 

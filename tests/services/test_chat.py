@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -55,7 +55,7 @@ def test_what_may_pass_is_tried_again(status):
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 422])
 def test_other_statuses_are_final(status):
     answer, requests, _ = ask(sends(http(status, "no\nsuch <b>model</b>", "Location: /elsewhere\r\n")), says("fine"))
-    assert answer.value is None and not answer.replied and requests == 1
+    assert answer.value is None and answer.away == (status not in (400, 422)) and requests == 1
     assert answer.reason == f"HTTP {status}: no such <b>model</b>"
 
 
@@ -92,7 +92,7 @@ BROKEN = {
 @pytest.mark.parametrize("body", BROKEN.values(), ids=BROKEN)
 def test_a_body_that_is_no_completion_is_a_failure_and_not_tried_again(body):
     answer, requests, _ = ask(sends(http(200, body)), says("fine"))
-    assert answer.value is None and not answer.replied and requests == 1
+    assert answer.value is None and answer.away and requests == 1
     assert answer.reason.startswith("no chat completion (") and len(answer.reason) <= 200
 
 
@@ -105,9 +105,9 @@ def test_a_body_that_is_no_completion_is_a_failure_and_not_tried_again(body):
         (says("seven"), "reply: invalid literal for int() with base 10: 'seven'"),
     ],
 )
-def test_a_reply_without_a_value_is_told_from_none(act, reason):
+def test_a_bad_reply_is_told_from_a_server_that_is_away(act, reason):
     answer, requests, _ = ask(act, parse=int)
-    assert (answer.value, answer.replied, answer.reason, requests) == (None, True, reason, 1)
+    assert (answer.value, answer.away, answer.reason, requests) == (None, False, reason, 1)
 
 
 def test_a_body_of_ten_megabytes_is_not_read():
@@ -131,7 +131,7 @@ def test_an_attempt_ends_at_its_time_however_it_trickles(act):
 @pytest.mark.parametrize("act", [*SLOW.values(), sends(http(500, "no"), wait_s=0.2)], ids=[*SLOW, "500"])
 def test_a_request_ends_at_its_deadline_with_all_attempts(act):
     answer, requests, seconds = ask(act, attempt_s=0.4, deadline_s=1.0, retries=1000)
-    assert answer.value is None and not answer.replied and requests > 1 and 0.5 < seconds < 2
+    assert answer.value is None and answer.away and requests > 1 and 0.5 < seconds < 2
 
 
 def test_a_server_that_asks_for_patience_gets_it_from_all_requests():
@@ -325,3 +325,16 @@ def test_a_full_disk_costs_the_entry_and_not_the_reply(tmp_path, caplog):
 
 def test_messages_are_plain_json():
     assert json.loads(json.dumps(user_turn("a", Image.new("L", (4, 4)))))["role"] == "user"
+
+
+def test_closing_ends_what_is_under_way():
+    with ScriptedServer(hangs) as server, ThreadPoolExecutor(1) as pool:
+        chat = client(server, attempt_s=60, deadline_s=60)
+        waiting = pool.submit(chat.ask, HELLO, str)
+        while not server.requests:
+            time.sleep(0.01)
+        start = time.monotonic()
+        chat.close()
+        with pytest.raises(CancelledError):
+            waiting.result()
+        assert time.monotonic() - start < 2
