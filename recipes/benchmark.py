@@ -7,11 +7,13 @@ import json
 import logging
 import os
 
+import torch
 from omegaconf import DictConfig
 
 from clvr_train.runtime.files import write_atomic
 from recipes._bench import table
 from recipes._bench_data import bench_data
+from recipes._bench_sft import bench_klein, bench_sft
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -19,12 +21,18 @@ logger = logging.getLogger(__name__)
 
 @recipe("benchmark")
 def main(cfg: DictConfig) -> None:
-    if cfg.bench != "data":
-        raise ValueError(f"bench={cfg.bench!r} is not one of data")
+    benches = {
+        "data": lambda: bench_data(cfg.data, run, cfg.seed),
+        "sft": lambda: bench_sft(cfg),
+        "sft_klein": lambda: bench_klein(cfg),
+    }
+    if cfg.bench not in benches:
+        raise ValueError(f"bench={cfg.bench!r} is not one of {', '.join(benches)}")
     run = run_folder(cfg)
     load = os.getloadavg()[0]
-    rows = bench_data(cfg.data, run, cfg.seed)
-    machine = {"cores": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]}
+    rows = benches[cfg.bench]()
+    device = torch.cuda.get_device_name() if cfg.model.device == "cuda" else "cpu"
+    machine = {"cores": os.cpu_count(), "device": device, "load_before": load, "load_after": os.getloadavg()[0]}
     report = {"bench": cfg.bench, "machine": machine, "rows": [row.to_json() for row in rows]}
     write_atomic(run / "benchmark.json", json.dumps(report, indent=2) + "\n")
     logger.info("%s\n%s", table(rows), f"load of the machine before: {load:.1f} on {os.cpu_count()} cores")

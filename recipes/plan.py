@@ -1,9 +1,9 @@
 """What a training takes, before it starts: parameters, bytes on every GPU, FLOPs, seconds, and what to change if it
 does not fit.
 
-    python recipes/plan.py experiment=shapes_sft gpus=8 engine=zero2 precision=bf16
-    python recipes/plan.py model.folder=klein_4b model.window=512 model.size_px=[512,512] precision=bf16
-    python recipes/plan.py recipe=train_vlm controller.folder=qwen3vl_8b gpus=8 engine=zero2 precision=bf16
+    python recipes/plan.py experiment=klein_4b_sft
+    python recipes/plan.py experiment=klein_9b_sft gpus=1 engine=single engine.optimizer=adamw8bit gpu=h200
+    python recipes/plan.py recipe=train_vlm controller.folder=qwen3vl_8b engine=zero2 engine.precision=bf16
 
 Experiments and keys are those of the training. Only shapes are computed: no weights are read, no GPU is needed, nothing
 is written. docs/performance.md says what is counted.
@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -22,8 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from clvr_train.data.images import reference_size
-from clvr_train.models.plan import GPUS, Settings, bytes_per_gpu, cheapest_fit, micro_batches, model_bytes
+from clvr_train.models.plan import CHOICES, GPUS, Settings, bytes_per_gpu, cheapest_fit, micro_batches, model_bytes
 from clvr_train.models.trace import (
+    PUBLISHED_KLEIN,
     Trace,
     count_parameters,
     encoder_flops,
@@ -38,8 +40,9 @@ from recipes._recipe import CONF, recipe
 RECIPES = ("train_dit", "train_vlm")
 FORMATS = ("text", "json")
 # Keys that the training does not have.
-OWN = ("recipe", "format", "gpu", "gpus", "mfu", "reserve_gb", "engine", "precision", "optimizer", "checkpointing")
-OWN += ("offload", "references", "reference_px", "cached", "tokens", "images", "image_px", "train_vision")
+OWN = ("recipe", "format", "gpu", "gpus", "mfu", "reserve_gb", "references", "reference_px", "cached", "tokens")
+OWN += ("images", "image_px")
+NODE = 8  # GPUs of an engine that has several
 
 
 @dataclass
@@ -71,7 +74,7 @@ def training_config(cfg: DictConfig) -> tuple[str, DictConfig]:
 
 def dit_job(cfg: DictConfig, training: DictConfig) -> Job:
     window = training.model.window
-    parts = klein_shapes(training.model.folder, training.model.layers, window)
+    parts = klein_shapes(model_name(training.model), training.model.layers, window)
     transformer = parts["transformer"]
     token_px = 2 ** len(parts["vae"].config.block_out_channels)
     target_px = tuple(training.model.size_px)
@@ -93,6 +96,12 @@ def dit_job(cfg: DictConfig, training: DictConfig) -> Job:
     return Job(list(parts.values()), list(transformer.parameters()), functools.cache(trace), calls, flops)
 
 
+def model_name(model: DictConfig) -> str:
+    """The folder of a `model` group, or where there is none the name of a published model."""
+    folder, name = model.folder, model.name
+    return name if name in PUBLISHED_KLEIN and not Path(folder).exists() else folder
+
+
 def vlm_job(cfg: DictConfig, training: DictConfig) -> Job:
     if training.controller.folder == "untrained":
         raise ValueError("controller.folder=untrained: its size is not known yet; give a folder")
@@ -103,34 +112,31 @@ def vlm_job(cfg: DictConfig, training: DictConfig) -> Job:
         image_px = tuple(int(side * shrink) for side in image_px)
 
     def trace(micro_batch: int, dtype: torch.dtype) -> Trace:
-        return trace_vlm(model, dtype, micro_batch, cfg.tokens, cfg.images, image_px, cfg.train_vision)
+        return trace_vlm(model, dtype, micro_batch, cfg.tokens, cfg.images, image_px, training.train.vision)
 
-    frozen = set() if cfg.train_vision else set(model.model.visual.parameters())
+    frozen = set() if training.train.vision else set(model.model.visual.parameters())
     trained = [p for p in model.parameters() if p not in frozen]
     return Job([model], trained, functools.cache(trace), {"text_encoder": 0, "vae": 0}, 0)
 
 
-def settings_of(cfg: DictConfig, name: str, training: DictConfig) -> Settings:
-    """The plan's settings; what they leave open is that of the training as it stands."""
-    precision, checkpointing = "fp32", "none"
-    if name == "train_vlm":
-        precision = "bf16_states" if training.controller.precision == "bf16" else "fp32"
-        checkpointing = "full" if training.train.gradient_checkpointing else "none"
-    settings = Settings(
-        engine=cfg.engine,
-        gpus=cfg.gpus,
-        precision=cfg.precision or precision,
-        optimizer=cfg.optimizer,
-        checkpointing=cfg.checkpointing or checkpointing,
-        offload=cfg.offload,
-    )
-    micro_batches(training.train.batch, settings)
-    return replace(settings, micro_batch=min(training.train.micro_batch, training.train.batch // cfg.gpus))
+def settings_of(cfg: DictConfig, training: DictConfig) -> Settings:
+    """The plan's settings: those of the training, on `gpus` GPUs, or on one or a node as its engine has it."""
+    engine, train = training.engine, training.train
+    gpus = cfg.gpus or (1 if engine.name == "single" else NODE)
+    choices = {key: engine["name" if key == "engine" else key] for key in CHOICES}
+    settings = Settings(gpus=gpus, **choices)
+    micro_batches(train.batch, settings)
+    return replace(settings, micro_batch=min(train.micro_batch, train.batch // gpus))
+
+
+def key_of(setting: str) -> str:
+    """What a setting is called on the command line."""
+    return {"engine": "engine", "micro_batch": "train.micro_batch"}.get(setting, f"engine.{setting}")
 
 
 def make_plan(cfg: DictConfig, name: str, training: DictConfig) -> dict:
     """All that is printed; numbers of a step are over all GPUs, bytes of one GPU."""
-    gpu, settings, batch = GPUS[cfg.gpu], settings_of(cfg, name, training), training.train.batch
+    gpu, settings, batch = GPUS[cfg.gpu], settings_of(cfg, training), training.train.batch
     job = (dit_job if name == "train_dit" else vlm_job)(cfg, training)
     limit = gpu.memory_bytes - int(cfg.reserve_gb * 1e9)
     num_trained = sum(p.numel() for p in job.trained)
@@ -166,8 +172,7 @@ def make_plan(cfg: DictConfig, name: str, training: DictConfig) -> dict:
         "encodings_per_step": {"cached": dict.fromkeys(job.calls, 0), "uncached": job.calls},
         "seconds_per_step": (total + recomputed + job.encoder_flops) / (peak * cfg.mfu),
         "fits": parts["total"] <= limit,
-        # as keys of the command line
-        "change": change and {"train.micro_batch" if k == "micro_batch" else k: v for k, v in change.items()},
+        "change": change and {key_of(setting): value for setting, value in change.items()},
     }
 
 
@@ -199,7 +204,7 @@ def main(cfg: DictConfig) -> None:
     for key, choices in (("format", FORMATS), ("gpu", tuple(GPUS))):
         if cfg[key] not in choices:
             raise ValueError(f"{key}={cfg[key]!r} is not one of {', '.join(choices)}")
-    if cfg.gpus < 1 or cfg.mfu <= 0:
+    if (cfg.gpus is not None and cfg.gpus < 1) or cfg.mfu <= 0:
         raise ValueError(f"gpus={cfg.gpus}, mfu={cfg.mfu}: both must be above 0")
     plan = make_plan(cfg, *training_config(cfg))
     sys.stdout.write((json.dumps(plan, indent=2) if cfg.format == "json" else table(plan)) + "\n")

@@ -55,8 +55,8 @@ class Conditioner:
     Args:
         size_px: (height, width) of the images that are drawn.
         target_sizes: sizes of which a target image is brought to the nearest (`data.buckets.nearest_bucket`) instead.
-        overflow: what becomes of a trace that is longer than the text window: `cut` (`method.truncation.fit_trace`) or an
-            `error`.
+        overflow: what becomes of a trace that is longer than the text window: `cut` (`method.truncation.fit_trace`) or
+            an `error`.
         cache, cache_texts, memory_gb: see `models.encoding.Encoder`.
 
     Counters: `text_calls`, `image_calls` (things encoded, not batches), `texts_cut` and `tokens_cut` (overflow).

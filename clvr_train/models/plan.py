@@ -34,10 +34,11 @@ class Gpu:
     fp32: float
 
 
-# Peaks are the makers' (SXM); memory is what the driver leaves of 80, 141 and 80 GB.
+# Peaks are the makers' (SXM); memory is what the driver leaves of 80, 141, 96 and 80 GB.
 GPUS = {
     "h100": Gpu(78 * 2**30, 989e12, 67e12),
     "h200": Gpu(139 * 2**30, 989e12, 67e12),
+    "h20": Gpu(95 * 2**30, 148e12, 44e12),
     "a100": Gpu(78 * 2**30, 312e12, 19.5e12),
 }
 

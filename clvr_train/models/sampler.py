@@ -20,15 +20,25 @@ class Sampler:
     Args:
         steps: Euler steps. cfg: guidance scale, 1 for none (a distilled model takes only 1).
         batch: most images in one forward.
+        module: what forwards go through, if not the transformer itself: an engine's wrapper of it.
 
     Counter: `nfe`, network evaluations so far, an image and a branch of guidance counting as one each.
     """
 
-    def __init__(self, conditioner: Conditioner, *, steps: int, cfg: float, batch: int = 32) -> None:
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        *,
+        steps: int,
+        cfg: float,
+        batch: int = 32,
+        module: torch.nn.Module | None = None,
+    ) -> None:
         if conditioner.klein.distilled and cfg > 1:
             raise ValueError(f"cfg={cfg}: a distilled model takes no guidance, use cfg=1")
         self.conditioner = conditioner
         self.steps, self.cfg, self.batch = steps, cfg, batch
+        self.module = module or conditioner.klein.transformer
         self.nfe = 0
 
     @property
@@ -56,22 +66,22 @@ class Sampler:
     @torch.no_grad()
     def denoise(self, noise: Tensor, cond: Conditioning) -> Tensor:
         """Integrates from noise (B, N, C) at t = 1 to t = 0."""
-        transformer = self.conditioner.klein.transformer
-        times = inference_times(cond.num_target, self.steps).to(transformer.device)
+        device = self.conditioner.klein.device
+        times = inference_times(cond.num_target, self.steps).to(device)
         without = self.conditioner.without_text(cond) if self.cfg > 1 else None
-        x = noise.to(transformer.device)
+        x = noise.to(device)
         for now, after in zip(times[:-1], times[1:], strict=True):
             t = now.expand(x.shape[0])
-            v = predict_velocity(transformer, x, t, cond)
+            v = predict_velocity(self.module, x, t, cond)
             if without is not None:
-                v = guided(v, predict_velocity(transformer, x, t, without), self.cfg)
+                v = guided(v, predict_velocity(self.module, x, t, without), self.cfg)
             x = (x.float() + (after - now) * v.float()).to(x.dtype)
         self.nfe += x.shape[0] * self.nfe_per_image
         return x
 
-    def decode(self, x0: Tensor) -> list[Image.Image]:
-        """Images of tokens (B, N, C)."""
-        grid = self.conditioner.klein.grid(self.conditioner.size_px)
+    def decode(self, x0: Tensor, grid: tuple[int, int] | None = None) -> list[Image.Image]:
+        """Images of tokens (B, N, C) of a grid, by default that of the conditioner's size."""
+        grid = grid or self.conditioner.klein.grid(self.conditioner.size_px)
         return [
             to_image(pixels)
             for chunk in x0.split(self.batch)

@@ -69,10 +69,10 @@ PUBLISHED_VLM = {
 
 
 def klein_shapes(
-    name: str, layers: Sequence[int] = KLEIN_LAYERS, window: int = 512
+    name: str, layers: Sequence[int] = KLEIN_LAYERS, window: int = 512, device: str | torch.device = "meta"
 ) -> dict[str, torch.nn.Module]:
     """`transformer`, `text_encoder` (the layers that are used) and `vae` on the meta device, of a base Klein folder or
-    of PUBLISHED_KLEIN.
+    of PUBLISHED_KLEIN; on another device with random weights of torch's default dtype.
 
     Raises:
         FileNotFoundError, ValueError: as `models.klein.load_klein`, or a part has no config.json.
@@ -83,7 +83,7 @@ def klein_shapes(
         check_kind(Path(name), "base")
         configs = {part: _config(Path(name) / part) for part in ("transformer", "text_encoder", "vae")}
     text_config = Qwen3Config.from_dict(configs["text_encoder"])
-    with torch.device("meta"):
+    with torch.device(device):
         transformer = Flux2Transformer2DModel.from_config(configs["transformer"])
         check_text_config(text_config, f"{name}/text_encoder", layers, window, transformer.config.joint_attention_dim)
         return {

@@ -1,6 +1,7 @@
 """The benchmark runs whole on few files; its numbers are not judged here, only that they are what they say."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -38,8 +39,44 @@ def test_the_data_benchmark_writes_its_report(tmp_path, monkeypatch, caplog):
     assert "| loader over bare Pillow per core, 0 workers |" in caplog.text
 
 
+BASE = f"model.folder={Path(__file__).resolve().parents[2] / 'models/shapes/base'}"
+
+
+def rows_of(folder, *arguments):
+    main([*arguments, "run=bench", BASE])
+    report = json.loads((folder / "runs/bench/benchmark.json").read_text())
+    assert report["machine"]["device"] == "cpu"
+    return {row["name"]: row for row in report["rows"]}
+
+
+def test_the_benchmark_of_steps_counts_what_the_plan_says(tmp_path, monkeypatch):
+    """References and two micro-batches, one of them short."""
+    monkeypatch.chdir(tmp_path)
+    small = ["sft.batch=3", "sft.micro_batch=2", "sft.references=2", "sft.pairs=1", "sft.warmup=1"]
+    rows = rows_of(tmp_path, "experiment=bench_sft", *small)
+    counts = {name: row["met"] for name, row in rows.items() if "counted beyond the plan" in name}
+    assert len(counts) == 6 and all(counts.values())
+    assert rows["framework step over bare step"]["at_most"] == 1.05
+    assert 0 < rows["cached step over uncached step"]["value"] < 1
+
+
+def test_the_benchmark_of_klein_runs_on_a_cpu_with_the_tiny_model_swapped_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["sft.batch=2", "sft.micro_batch=2", "sft.warmup=1", "sft.steps=1", "engine.compile=false"]
+    rows = rows_of(tmp_path, "experiment=bench_sft_klein_4b", "model=shapes", *small)
+    assert all(row["value"] > 0 for row in rows.values())
+    step = rows["seconds of a step"]["value"]
+    assert rows["samples a second"]["value"] == pytest.approx(2 / step)
+    assert rows["bare step that encodes, as in diffusers over a step"]["at_least"] == 1.5
+    assert not any("MFU" in name or "memory" in name for name in rows), "a CPU has neither"
+
+
 @pytest.mark.parametrize(
-    ("override", "message"), [("bench=speed", "is not one of data"), ("data.samples=1", "one batch")]
+    ("override", "message"),
+    [
+        ("bench=speed", "is not one of data, sft, sft_klein"),
+        ("data.samples=1", "one batch"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, capsys, override, message):
     monkeypatch.chdir(tmp_path)

@@ -88,7 +88,7 @@ def test_gpus_share_the_batch(plan, tiny_folder):
 
 def test_encoders_cost_time_without_a_cache_and_recomputation_is_apart(plan, tiny_folder):
     plain = plan(*dit(tiny_folder))
-    more = plan(*dit(tiny_folder, "cached=false", "checkpointing=full"))
+    more = plan(*dit(tiny_folder, "cached=false", "engine.checkpointing=full"))
     assert more["flops_per_step"] == plain["flops_per_step"]
     assert plain["encoder_flops_per_step"] == plain["recomputed_flops_per_step"] == 0
     assert 0 < more["recomputed_flops_per_step"] < more["flops_per_step"] / 3 and more["encoder_flops_per_step"] > 0
@@ -96,20 +96,42 @@ def test_encoders_cost_time_without_a_cache_and_recomputation_is_apart(plan, tin
     assert more["bytes_per_gpu"]["activations"] < plain["bytes_per_gpu"]["activations"]
 
 
+@pytest.mark.parametrize(("name", "parameters"), [("klein_4b", 3.876e9), ("klein_9b", 9.079e9)])
+def test_the_papers_settings_are_planned_for_a_node(plan, name, parameters):
+    """Bytes of 16 a parameter, of which ZeRO-2 splits 14 over eight GPUs, one sample on each; it fits."""
+    found = plan(f"experiment={name}_sft")
+    assert found["parameters"] == pytest.approx(parameters, rel=2e-4)
+    settings = found["settings"]
+    assert (settings["engine"], settings["gpus"], settings["batch"], settings["micro_batch"]) == ("zero2", 8, 8, 1)
+    assert found["forwards_per_step"] == 8 and found["fits"] and found["change"] == {}
+    assert settings["precision"] == "bf16" and settings["optimizer"] == "adamw"
+    held = found["bytes_per_gpu"]
+    assert held["gradients"] + held["optimizer"] == pytest.approx(14 * parameters / 8, rel=1e-3)
+    tiny = plan(f"experiment={name}_sft", "tiny=shapes", f"model.folder={MODELS}/base")
+    assert tiny["parameters"] < 10e6 and tiny["settings"]["gpus"] == 1
+
+
+def test_9b_fits_one_gpu_with_8_bit_moments(plan):
+    alone = ["experiment=klein_9b_sft", "engine=single", "engine.precision=bf16", "gpu=h200", "train.batch=1"]
+    assert not plan(*alone)["fits"]
+    assert plan(*alone, "engine.optimizer=adamw8bit")["fits"]
+
+
 def test_it_speaks_of_the_experiment_as_its_recipe_composes_it(plan):
     found = plan("experiment=shapes_sft", f"model.folder={MODELS}/base", "train.batch=4")
     assert found["recipe"] == "train_dit" and found["settings"]["batch"] == found["settings"]["micro_batch"] == 4
     folder = f"controller.folder={MODELS}/controller"
-    found = plan("experiment=shapes_train_vlm", folder, "tokens=300", "images=1", "train.gradient_checkpointing=true")
+    found = plan("experiment=shapes_train_vlm", folder, "tokens=300", "images=1", "engine.checkpointing=full")
     assert (found["recipe"], found["settings"]["batch"]) == ("train_vlm", 16)
     assert found["settings"]["checkpointing"] == "full" and found["parameters"] == found["trained_parameters"]
-    frozen = plan("experiment=shapes_train_vlm", folder, "tokens=300", "images=1", "train_vision=false")
+    frozen = plan("experiment=shapes_train_vlm", folder, "tokens=300", "images=1", "train.vision=false")
     assert frozen["parameters"] - frozen["trained_parameters"] == frozen["frozen_parameters"] > 0
 
 
 def test_what_does_not_fit_comes_with_a_change(plan, tiny_folder):
     """All of the GPU but 3 MB is reserved."""
-    tight = dit(tiny_folder, f"reserve_gb={(78 * 2**30 - 3e6) / 1e9}", "train.micro_batch=2", "offload=optimizer")
+    options = [f"reserve_gb={(78 * 2**30 - 3e6) / 1e9}", "train.micro_batch=2", "engine.offload=optimizer"]
+    tight = dit(tiny_folder, *options)
     found = plan(*tight)
     assert not found["fits"] and found["change"]
     changed = plan(*tight, *(f"{key}={value}" for key, value in found["change"].items()))
@@ -123,15 +145,18 @@ def test_what_does_not_fit_comes_with_a_change(plan, tiny_folder):
     ("overrides", "message"),
     [
         (["format=xml"], "format='xml' is not one of text, json"),
-        (["gpu=h300"], "gpu='h300' is not one of h100, h200, a100"),
+        (["gpu=h300"], "gpu='h300' is not one of h100, h200, h20, a100"),
         (["recipe=train_pprl"], "recipe='train_pprl' is not one of train_dit, train_vlm"),
-        (["engine=zero9"], "engine='zero9' is not one of single, ddp, zero1, zero2, zero3"),
+        (["engine=zero9"], "unknown engine 'zero9': did you mean 'zero"),
+        (["engine.precision=fp8"], "precision='fp8' is not one of fp32, bf16, bf16_states"),
         (["gpus=3", "engine=ddp"], "train.batch=32: must be a multiple of gpus=3"),
+        (["gpus=2"], "gpus=2: engine=single has one"),
+        (["model.window=2000"], "model.window=2000: "),
         (["gpus=0"], "gpus=0, mfu=0.45: both must be above 0"),
         (["model.folder=nowhere"], "nowhere/model_index.json: not found"),
         (["model.size_px=[90,96]"], "model.size_px=[90, 96]: both sides must be multiples of 32"),
         (["recipe=train_vlm", "controller.folder=untrained"], "its size is not known yet; give a folder"),
-        (["recipe=train_dit", "train.epochs=2"], "unknown key 'train.epochs'"),
+        (["recipe=train_dit", "train.max_length=2"], "unknown key 'train.max_length'"),
         (["recipe=train_dit", "experiment=shapes_train_vlm"], "is for plan, train_vlm, not train_dit"),
         (["experiment=shapes_data"], "'shapes_data' is for make_shapes, not plan"),
         (["gpuss=2"], "unknown key 'gpuss': did you mean 'gpus'"),
