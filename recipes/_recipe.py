@@ -142,6 +142,7 @@ def _run(
     fn: Callable[[DictConfig], None], name: str, conf: Path, arguments: list[str], overrides: list[str]
 ) -> None:
     failed: list[str] = []
+    bugs: list[Exception] = []
     fixed = {pinned(override) for override in parse(overrides) if not override.is_sweep_override()}
 
     @functools.wraps(fn)
@@ -149,16 +150,19 @@ def _run(
         sys.argv[1:] = redact(sys.argv[1:])  # wandb keeps it
         swept = []
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            Path(HydraConfig.get().sweep.dir, "multirun.yaml").unlink(missing_ok=True)  # Hydra's, secrets and all
             swept = [text for text in HydraConfig.get().overrides.task if text not in fixed]
             if swept:
                 cfg.run = f"{cfg.run}/{_folder_name(swept)}"
         try:
             fn(cfg)
-        except (
-            EXPECTED
-        ) as error:  # kept from Hydra, which would write more lines and end a sweep's report early
+        # What is raised is kept from Hydra, which would write more lines, the overrides as they are, and end a sweep's
+        # report early.
+        except EXPECTED as error:
             _report(error, prefix=" ".join(swept))
             failed.append(cfg.run)
+        except Exception as error:
+            bugs.append(error)
 
     argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
@@ -170,6 +174,8 @@ def _run(
         del os.environ["HYDRA_FULL_ERROR"]
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
+    if bugs:
+        raise bugs[0]
     if failed:
         raise SystemExit(1)
 

@@ -8,7 +8,7 @@ HIDDEN = "<redacted>"
 _SECRET = r"(?:\w*[_.-])?(?:api_?key|access_key|secret|password|passwd)(?:_id|_key)?|\w*[_.-]token"
 _NAME = re.compile(_SECRET, re.IGNORECASE)
 _VALUES = (
-    (re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"), HIDDEN),  # user information of a URL
+    (re.compile(r"(:/{1,2})[^/\s@'\"]+(?=@)"), rf"\1{HIDDEN}"),  # user information of a URL, which a path makes :/
     (re.compile(r"(?<![A-Za-z0-9])sk-(?=[\w-]{16}|[a-z_-]*[0-9A-Z])[\w-]{8,}"), HIDDEN),  # OpenAI and what is like it
     (re.compile(r"(?<![A-Za-z0-9])hf_(?=\w{16}|[a-z]*[0-9A-Z])[A-Za-z0-9]{8,}"), HIDDEN),  # Hugging Face
     (re.compile(r"(?<![A-Za-z0-9])(?:gh[pousr]_|github_pat_)\w{16,}"), HIDDEN),

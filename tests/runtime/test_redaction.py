@@ -13,6 +13,7 @@ from clvr_train.runtime.redaction import HIDDEN, redact
         ("token hf_abcdefghijABCDEFGHIJ0123456789", f"token {HIDDEN}"),
         ("ghp_abcdefghij0123456789", HIDDEN),
         ("https://me:pass@host:80/v1 and http://tok@h", f"https://{HIDDEN}@host:80/v1 and http://{HIDDEN}@h"),
+        ("https:/me:pass@host/data", f"https:/{HIDDEN}@host/data"),
         ("Authorization: Bearer abc.def.ghi-jkl==", f"Authorization: Bearer {HIDDEN}"),
         ("judge.api_key=hello run=x", f"judge.api_key={HIDDEN} run=x"),
         ("{'password': 'hello', 'n': 1}", f"{{'password': '{HIDDEN}', 'n': 1}}"),
