@@ -1,6 +1,7 @@
 """What recipes train on: trajectories, captions, several sources at once; their order and their batches."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
@@ -18,7 +19,7 @@ from clvr_train.data.images import ImageError
 from clvr_train.data.loader import Drawn, Mapped, read_ahead
 from clvr_train.data.mixing import TEXT_TO_IMAGE, Mix, step_class, step_weights
 from clvr_train.data.order import Order
-from clvr_train.data.readers import check_pixels, read_trajectories
+from clvr_train.data.readers import check_pixels, load_trajectories, read_trajectories
 from clvr_train.data.records import DataError, shown
 from clvr_train.data.refusals import Refusals
 from clvr_train.method.trajectory import Sample, Trajectory
@@ -45,8 +46,10 @@ def read_folder(
     """
     if folder is None:
         raise ValueError("data.folder: a folder of trajectories is needed")
-    trajectories = read_trajectories(Path(folder), decode, refusals, limit)
-    return list(tqdm(trajectories, desc="read", unit=" trajectories", mininterval=1))
+    progress = partial(tqdm, desc="read", unit=" trajectories", mininterval=1)
+    if decode:
+        return load_trajectories(Path(folder), refusals, limit, progress)
+    return list(progress(read_trajectories(Path(folder), False, refusals, limit)))
 
 
 def truncated(trajectories: Sequence[Trajectory], folder: str | Path) -> list[Sample]:
@@ -201,6 +204,21 @@ def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, 
     weights = {(kind, n): shares[kind] * sources[n][1] / totals[kind] for kind, n in members}
     in_blocks = {(kind, n): blocks[n] for kind, n in members if len(blocks[n])}
     return Mix(members, weights, batch, seed, blocks=in_blocks, window=data.window)
+
+
+def number_of_steps(cfg: DictConfig, sources: Sequence[tuple[Samples, Fraction]]) -> int:
+    """Optimiser steps of a training: `train.steps`, or those of `train.epochs` passes over the samples.
+
+    Raises:
+        ValueError: neither is given, or there is no such thing as a pass.
+    """
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    if cfg.train.epochs is None:
+        raise ValueError("train.steps: how long? give it, or train.epochs")
+    if len(sources) > 1 or cfg.data.t2i_share is not None:
+        raise ValueError("train.epochs: only for one source without data.t2i_share; give train.steps")
+    return math.ceil(cfg.train.epochs * len(sources[0][0]) / cfg.train.batch)
 
 
 def full_batches(

@@ -64,7 +64,7 @@ def read_trajectories(
     """The trajectories of a file or folder, in file order; their images are pointers that `open_image` opens later.
 
     Every record is checked whole before it is given out. Of an image only the header is read unless `decode` (of one in
-    parquet, all of it): then every core decodes images ahead.
+    parquet, all of it).
 
     Args:
         path: a `.jsonl`, `.json`, `.parquet` or `.tar` file, or a folder with `trajectories.jsonl`,
@@ -78,31 +78,30 @@ def read_trajectories(
             the folder, if none may be left out.
         ValueError: once more records are refused than may be.
     """
-    path = Path(path)
-    refusals = refusals or Refusals(path)
-    yield from islice(_accepted(path, decode, refusals), limit)
-    if not refusals.records and limit != 0:
-        raise DataError(find_files(path)[0], 1, "record", "the file is empty", "empty_file")
-    refusals.finish()
+    check = check_pixels if decode else check_header
+    yield from _accepted(Path(path), ((chunk, _opened(chunk, check)) for chunk in chunks(path)), refusals, limit)
 
 
-def _accepted(path: Path, decode: bool, refusals: Refusals) -> Iterator[Trajectory]:
-    seen: set[str] = set()
-    opened = _decoded_ahead(chunks(path)) if decode else ((c, _opened(c, check_header)) for c in chunks(path))
-    for chunk, outcomes in opened:
-        for number, outcome in outcomes:
-            try:
-                if isinstance(outcome, FieldError):
-                    raise outcome
-                check_new_id(outcome.id, seen)
-            except FieldError as error:
-                refusals.refuse(DataError.at(chunk.file, number, error))
-                continue
-            refusals.accept()
-            yield outcome
+def load_trajectories(
+    path: Path,
+    refusals: Refusals | None = None,
+    limit: int | None = None,
+    progress: Callable[[Iterator[Trajectory]], Iterable[Trajectory]] = iter,
+) -> list[Trajectory]:
+    """The same as `read_trajectories` with `decode`, whole; every core decodes. Raises as it does.
+
+    Args:
+        progress: wraps the iterator, as tqdm does.
+    """
+    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    pool = ThreadPoolExecutor(threads)  # they will do: Pillow decodes without holding Python's lock
+    try:
+        return list(progress(_accepted(Path(path), _opened_ahead(path, pool, 2 * threads), refusals, limit)))
+    finally:  # not in a generator: the collector may end one in any thread, where to wait for others is a deadlock
+        pool.shutdown(cancel_futures=True)
 
 
-# Number of the record, and the trajectory, or what is wrong with it.
+# Of every record: its number, and the trajectory, or what is wrong with it.
 Opened = Iterable[tuple[int, Trajectory | FieldError]]
 
 
@@ -114,21 +113,39 @@ def _opened(chunk: Chunk, check: Callable[[ImageLike], None]) -> Opened:
             yield entry.number, error
 
 
-def _decoded_ahead(source: Iterator[Chunk]) -> Iterator[tuple[Chunk, Opened]]:
-    """Chunks in order. Threads will do: Pillow decodes without holding Python's lock."""
-    threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    pool = ThreadPoolExecutor(threads)
+def _opened_ahead(path: Path, pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Chunk, Opened]]:
     pending: deque[tuple[Chunk, Future]] = deque()
-    try:
-        for chunk in source:
-            pending.append((chunk, pool.submit(lambda one: list(_opened(one, check_pixels)), chunk)))
-            if len(pending) > threads:
-                first, future = pending.popleft()
-                yield first, future.result()
-        for chunk, future in pending:
-            yield chunk, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for chunk in chunks(path):
+        pending.append((chunk, pool.submit(lambda one: list(_opened(one, check_pixels)), chunk)))
+        if len(pending) == ahead:
+            first, future = pending.popleft()
+            yield first, future.result()
+    yield from ((chunk, future.result()) for chunk, future in pending)
+
+
+def _accepted(
+    path: Path, opened: Iterator[tuple[Chunk, Opened]], refusals: Refusals | None, limit: int | None
+) -> Iterator[Trajectory]:
+    refusals = refusals or Refusals(path)
+    yield from islice(_without_bad(opened, refusals), limit)
+    if not refusals.records and limit != 0:
+        raise DataError(find_files(path)[0], 1, "record", "the file is empty", "empty_file")
+    refusals.finish()
+
+
+def _without_bad(opened: Iterator[tuple[Chunk, Opened]], refusals: Refusals) -> Iterator[Trajectory]:
+    seen: set[str] = set()
+    for chunk, outcomes in opened:
+        for number, outcome in outcomes:
+            try:
+                if isinstance(outcome, FieldError):
+                    raise outcome
+                check_new_id(outcome.id, seen)
+            except FieldError as error:
+                refusals.refuse(DataError.at(chunk.file, number, error))
+                continue
+            refusals.accept()
+            yield outcome
 
 
 def open_entry(file: Path, entry: Entry, check: Callable[[ImageLike], None]) -> Trajectory:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -70,21 +71,22 @@ def validate(
         source, check = chunks(path), check_trajectories
     else:
         source, check = caption_chunks(path, form, caption), check_captions
-    for chunk, outcomes in _checked(source, check, workers):
-        for number, outcome in outcomes:
-            if outcome is None:
-                report.left_out += 1
-                continue
-            report.records += 1
-            try:
-                if isinstance(outcome, FieldError):
-                    raise outcome
-                if outcome:
-                    check_new_id(outcome, seen)
-            except FieldError as error:
-                report.refuse(DataError.at(chunk.file, number, error))
-        if on_chunk is not None:
-            on_chunk(chunk.weight, report)
+    with closing(_checked(source, check, workers)) as checked:
+        for chunk, outcomes in checked:
+            for number, outcome in outcomes:
+                if outcome is None:
+                    report.left_out += 1
+                    continue
+                report.records += 1
+                try:
+                    if isinstance(outcome, FieldError):
+                        raise outcome
+                    if outcome:
+                        check_new_id(outcome, seen)
+                except FieldError as error:
+                    report.refuse(DataError.at(chunk.file, number, error))
+            if on_chunk is not None:
+                on_chunk(chunk.weight, report)
     if not report.records:
         report.records = 1
         message = "no record has this caption" if report.left_out else "the file is empty"

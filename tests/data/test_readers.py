@@ -1,8 +1,10 @@
+import gc
 import io
 import json
 import logging
 import pickle
 import tempfile
+import threading
 import tracemalloc
 from itertools import permutations
 from pathlib import Path
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clvr_train.data.parquet import write_parquet
-from clvr_train.data.readers import find_files, read_trajectories
+from clvr_train.data.readers import find_files, load_trajectories, read_trajectories
 from clvr_train.data.records import DataError, to_record
 from clvr_train.data.refusals import Refusals
 from clvr_train.data.shards import write_shards
@@ -238,11 +240,25 @@ def test_damaged_pixels_are_refused_like_any_record(tmp_path: Path, form: str) -
     assert len(list(read_trajectories(tmp_path / "data"))) == 100
     with pytest.raises(DataError, match=r":4: images\[1\]: .*unreadable image"):
         list(read_trajectories(tmp_path / "data", decode=True))
+    with pytest.raises(DataError, match=r":4: images\[1\]: .*unreadable image"):
+        load_trajectories(tmp_path / "data")
     refusals = Refusals(tmp_path, 0.05)
-    read = [t.id for t in read_trajectories(tmp_path / "data", decode=True, refusals=refusals)]
+    read = [t.id for t in load_trajectories(tmp_path / "data", refusals)]
     assert read == [f"t{n}" for n in range(100) if n not in bad] and refusals.refused == 3
-    first = read_trajectories(tmp_path / "data", decode=True, refusals=Refusals(tmp_path, 0.5), limit=5)
+    first = load_trajectories(tmp_path / "data", Refusals(tmp_path, 0.5), limit=5)
     assert [t.id for t in first] == ["t0", "t1", "t2", "t4", "t5"]
+
+
+def test_no_thread_is_left_by_a_reading_that_fails(tmp_path: Path) -> None:
+    """However often: the threads end with the call, and none waits for another in the garbage collector."""
+    write_lines(tmp_path, [*good_records(tmp_path, 100)[:70], b"{", *good_records(tmp_path, 100)[70:]])
+    before, kept = threading.active_count(), []
+    for _ in range(30):
+        with pytest.raises(DataError) as error:
+            load_trajectories(tmp_path)
+        kept.append((error, kept))  # a cycle, which only the collector ends
+        assert threading.active_count() == before
+    gc.collect()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 2])
