@@ -203,6 +203,7 @@ class _Redacting(logging.Formatter):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # it may come again, and has been heard
     sys.stderr.write(f"terminated; {RESUME}\n")
     raise SystemExit(128 + signum)
 

@@ -54,11 +54,12 @@ def main(cfg: DictConfig) -> None:
                     continue  # nothing has changed
                 bar.update()
                 metrics.log(engine.steps, loss=loss, **values)
-                if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
+                ending = sigterm.asked()
+                if ending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
                     engine.save(saver, engine.steps)
-                if sigterm.pending:
+                if ending:
                     saver.wait()
-                sigterm.deliver()
+                    sigterm.deliver()
     save_klein(klein.folder, student, run / "model", distilled=True, precision=cfg.train.save_precision)
 
 

@@ -150,11 +150,12 @@ def train(cfg: DictConfig, run: Path, reward: Reward) -> None:
             blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             metrics.log(epoch + 1, **values, old_decay=decay)
             record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
-            if sigterm.pending or ((epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs):
+            ending = sigterm.asked()
+            if ending or ((epoch + 1) % cfg.pprl.save_every == 0 and epoch + 1 < cfg.pprl.epochs):
                 engine.save(saver, epoch + 1, policy_tensors(transformer))
-            if sigterm.pending:
+            if ending:
                 saver.wait()
-            sigterm.deliver()
+                sigterm.deliver()
     logger.info("%d texts were cut to the window of %d tokens", conditioner.texts_cut, klein.window)
     save_lora(transformer, AVERAGE, run / "lora")
     save_klein(klein.folder, plain_copy(transformer, fold(transformer, AVERAGE)), run / "model")

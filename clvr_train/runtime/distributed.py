@@ -21,7 +21,8 @@ from torch.distributed import ProcessGroup, Store
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ALIVE, ENDED, FAILED = "alive", "ended", "failed"
+ALIVE, ENDED, TERMINATED, FAILED = "alive", "ended", "terminated", "failed"
+STATUS_TERMINATED = 128 + signal.SIGTERM
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # of one that waits for a rank that is alive, say while it writes the model
 LOST_S = 10.0  # once a collective has failed, a rank that has been silent for so long is the reason
 
@@ -38,6 +39,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: ProcessGroup | None = None
     phase: str = "starting"
+    ending: bool = False  # all ranks have agreed to
 
     @property
     def first(self) -> bool:
@@ -139,8 +141,9 @@ class _Watch(threading.Thread):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Tells the others how this rank ends; if that is for want of another one, waits until that one is known."""
-        if error is None or isinstance(error, SystemExit):  # all are through, or all were asked to end
-            self._finish(ENDED)
+        if error is None or isinstance(error, SystemExit):  # all are through, or asked to end
+            asked = error is not None and error.code == STATUS_TERMINATED
+            self._finish(TERMINATED if asked else ENDED)
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to those that are left
         if _is_lost(error):
@@ -176,10 +179,18 @@ class _Watch(threading.Thread):
             since = self._seen[rank][1]
             if state == FAILED:
                 self._end(f"rank {rank} has failed while {phase}: {message}")
+            if state == TERMINATED and not self._world.ending:
+                self._follow()
             if state == ALIVE and now - since > self._timeout_s:
                 silent.append(f"rank {rank} was killed or is frozen: silent for {now - since:.0f} s while {phase}")
         if silent:
             self._end("; ".join(silent))
+
+    def _follow(self) -> None:
+        """Another rank was asked to end and does not wait for this one, which no collective can reach any more."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._over.wait(LOST_S / 2):
+            os._exit(STATUS_TERMINATED)
 
     def _end(self, message: str) -> None:
         for handler in logging.root.handlers:

@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from clvr_train.runtime.distributed import World
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -44,14 +46,22 @@ def own_folder(folder: Path) -> None:
 
 
 class Deferral:
-    """Within the block SIGTERM waits until the loop has saved: `pending` says that it came, `deliver` obeys it.
+    """Within the block SIGTERM waits until the loop has saved. All ranks of `world` ask once a step:
 
-    It goes to the handler that was there before. A signal that is still pending at the end of the block is delivered
-    there, unless an exception ends it.
+        ended = sigterm.asked()
+        if ended or ...:
+            engine.save(saver, step)
+        if ended:
+            saver.wait()
+            sigterm.deliver()
+
+    `pending` says whether it has come to this process. It goes to the handler that was there before; if it is still
+    pending at the end of the block, there, unless an exception ends it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None) -> None:
         self.pending = False
+        self._world = world or World()
 
     def __enter__(self) -> "Deferral":
         self._before = signal.signal(signal.SIGTERM, self._note)
@@ -60,9 +70,21 @@ class Deferral:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if kind is None:
+            self.asked()  # so that all end here if one does
         signal.signal(signal.SIGTERM, self._before)
         if kind is None:
             self.deliver()
+
+    def asked(self) -> bool:
+        """Whether SIGTERM has come, to whatever rank: one answer for all, which ask at the same time.
+
+        One that comes while they ask counts at the next time: a rank must not end alone.
+        """
+        asked = any(self._world.gather(self.pending))
+        if asked:
+            self.pending = self._world.ending = True
+        return asked
 
     def deliver(self) -> None:
         """Hands a pending signal on; returns if there is none."""

@@ -28,6 +28,8 @@ def fork(work: Callable[[], Any]) -> int:
     try:
         work()
         status = 0
+    except SystemExit as error:
+        status = error.code
     except BaseException:
         traceback.print_exc()
         status = 1
