@@ -184,7 +184,9 @@ class ChatClient:
                 return answer
         text = ""
         try:
-            text = self._submit(self._request(payload)).result()
+            text, complaint = self._submit(self._request(payload)).result()
+            if complaint:
+                raise ValueError(complaint)
             value = parse(text)
         except ChatError as error:
             self._count(failed=1)
@@ -213,11 +215,11 @@ class ChatClient:
             self._failures, self._open_until = 0, 0.0
         return status == 200
 
-    async def _request(self, payload: bytes) -> str:
-        """The text of the reply, within limit, deadline and circuit breaker.
+    async def _request(self, payload: bytes) -> tuple[str, str]:
+        """The text of the reply and why it cannot be used (empty: it can), within limit, deadline and circuit breaker.
 
         Raises:
-            ChatError: none came. ValueError: one came, without a text that could be read.
+            ChatError: there is no reply.
         """
         client = await self._slots.get()
         try:
@@ -241,11 +243,9 @@ class ChatClient:
         finally:
             self._slots.put_nowait(client)
         text = message.get("content")
-        if finish == "length":
-            raise ValueError(f"cut at max_tokens={self.options.max_tokens}")
         if not isinstance(text, str):
-            raise ValueError(f"refused: {message['refusal']}" if message.get("refusal") else "no text")
-        return text
+            return "", f"refused: {message['refusal']}" if message.get("refusal") else "no text"
+        return text, f"cut at max_tokens={self.options.max_tokens}" if finish == "length" else ""
 
     async def _attempts(self, client: httpx.AsyncClient, payload: bytes, ends: float) -> bytes:
         """The body of the first attempt that succeeds. Raises ChatError."""
