@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from clvr_train.data.buckets import Size
 from clvr_train.data.cache import TensorCache
+from clvr_train.models.blocks import blocks_of, compile_blocks, set_checkpointing
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
 from clvr_train.runtime.distributed import World
@@ -54,12 +55,21 @@ def build_conditioner(
     `target_sizes`.
     """
     if cache is None:
-        return Conditioner(klein, tuple(model.size_px))
+        return Conditioner(klein, tuple(model.size_px), overflow=model.overflow)
     store = TensorCache(Path(cache.folder)) if cache.folder else None
     if cache.texts and store is None:
         raise ValueError("cache.texts=true: a cache.folder is needed")
-    options = {"cache": store, "cache_texts": cache.texts, "memory_gb": cache.memory_gb}
+    options = {"cache": store, "cache_texts": cache.texts, "memory_gb": cache.memory_gb, "overflow": model.overflow}
     return Conditioner(klein, tuple(model.size_px), target_sizes=target_sizes, **options)
+
+
+def trained_transformer(klein: Klein, engine: DictConfig) -> Module:
+    """The transformer, ready to be trained whole, its blocks checkpointed and compiled as an `engine` group says."""
+    transformer = klein.transformer.requires_grad_(True).train()
+    set_checkpointing(transformer, engine.checkpointing)
+    if engine.compile:
+        compile_blocks(blocks_of(transformer))
+    return transformer
 
 
 def build_engine(module: Module, world: World, engine: DictConfig, cfg: DictConfig, total_steps: int) -> Engine:

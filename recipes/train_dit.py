@@ -1,8 +1,8 @@
 """Full-parameter SFT of the diffusion transformer on truncated trajectories (CLVR 3.2, A.6).
 
-Writes runs/<run>/{config.yaml, metrics.jsonl, checkpoints/, model/}; `model/` is a diffusers folder. On several GPUs:
-torchrun --standalone --nproc_per_node N recipes/train_dit.py ... engine=zero2. To resume, run the same command again; the
-number of GPUs may be another.
+Writes runs/<run>/{config.yaml, metrics.jsonl, samples/, checkpoints/, model/}; `model/` is a diffusers folder. On
+several GPUs: torchrun --standalone --nproc_per_node N recipes/train_dit.py ... engine=zero2. To resume, run the same
+command again; the number of GPUs may be another.
 """
 
 import logging
@@ -21,12 +21,21 @@ from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_klein, is_finished
-from recipes._data import encode_ahead, full_batches, read_batches, read_sources, sample_order
+from recipes._build import (
+    CACHE_KEYS,
+    build_conditioner,
+    build_engine,
+    build_klein,
+    is_finished,
+    trained_transformer,
+)
+from recipes._data import encode_ahead, full_batches, number_of_steps, read_batches, read_sources, sample_order
 from recipes._recipe import recipe, run_folder
+from recipes._validation import VALIDATION_KEYS, Validation
 
 logger = logging.getLogger(__name__)
-MAY_CHANGE = ("train.lr", "train.steps", "train.log_every", "train.save_every", "data.workers", *CACHE_KEYS)
+MAY_CHANGE = ("train.lr", "train.steps", "train.epochs", "train.log_every", "train.save_every", "data.workers")
+MAY_CHANGE += (*CACHE_KEYS, *VALIDATION_KEYS)
 MAY_CHANGE += ("engine.name", "engine.offload", "engine.checkpointing", "engine.compile", "engine.timeout_s")
 
 
@@ -54,16 +63,18 @@ def train(cfg: DictConfig, world: World) -> None:
     draw = sample_order(sources, cfg.data, cfg.train.batch, cfg.seed).batch
     if cfg.train.full_batches:
         draw = full_batches(sources, conditioner, cfg)
-    transformer = klein.transformer.requires_grad_(True).train()
-    engine = build_engine(transformer, world, cfg.engine, cfg.train, cfg.train.steps)
-    with Saver(run / "checkpoints") as saver, Deferral() as sigterm:
+    steps = number_of_steps(cfg, sources)
+    validation = Validation(cfg, conditioner, world, run)
+    transformer = trained_transformer(klein, cfg.engine)
+    engine = build_engine(transformer, world, cfg.engine, cfg.train, steps)
+    with Saver(run / "checkpoints") as saver, Deferral(world) as sigterm:
         resume = engine.steps if engine.resume(saver) else None
         drawn = (world.share(draw(number)) for number in count(engine.batches))
         refusals = Refusals("data", cfg.data.max_refused)
         batches = read_batches(sources, drawn, conditioner.sizes, cfg.data.workers, refusals)
-        bar = tqdm(desc="train_dit", initial=engine.steps, total=cfg.train.steps, disable=not world.first)
+        bar = tqdm(desc="train_dit", initial=engine.steps, total=steps, disable=not world.first)
         with Metrics(run, resume, wandb=cfg.logger.wandb) if world.first else nullcontext() as metrics, bar:
-            while engine.steps < cfg.train.steps:
+            while engine.steps < steps:
                 world.phase = f"step {engine.steps + 1}: reading"
                 batch = next(batches)
                 out = backward_flow_matching(
@@ -80,16 +91,17 @@ def train(cfg: DictConfig, world: World) -> None:
                 if engine.skipped_in_a_row:
                     continue  # nothing has changed
                 bar.update()
-                last = engine.steps == cfg.train.steps
-                if metrics and (last or engine.steps % cfg.train.log_every == 0):
-                    values |= {"refused": refused + refusals.refused}
+                last = engine.steps == steps
+                validated = validation.at(engine, last, metrics)
+                if metrics and (last or validated or engine.steps % cfg.train.log_every == 0):
+                    values |= {"refused": refused + refusals.refused, **validated}
                     metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
-                sigterm.pending = any(world.gather(sigterm.pending))
-                if sigterm.pending or (engine.steps % cfg.train.save_every == 0 and not last):
+                ending = sigterm.asked()
+                if ending or (engine.steps % cfg.train.save_every == 0 and not last):
                     engine.save(saver, engine.steps)
-                if sigterm.pending:
+                if ending:
                     saver.wait()
-                sigterm.deliver()
+                    sigterm.deliver()
         refusals.finish()
     weights = engine.full_weights()
     if world.first:

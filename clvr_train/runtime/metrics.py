@@ -67,6 +67,11 @@ class Metrics:
         if self._mirror is not None:
             self._mirror.log(step, numbers)
 
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Shows an image file of the run in the mirror, where there is one, before the `log` of the same step."""
+        if self._mirror is not None:
+            self._mirror.image(step, name, file)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -129,6 +134,14 @@ class _Mirror:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._call(lambda: self._run.log(values, step=step))
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        def show() -> None:
+            import wandb  # it has begun the run
+
+            self._run.log({name: wandb.Image(str(file))}, step=step)
+
+        self._call(show)
 
     def finish(self, failed: bool) -> None:
         self._call(lambda: self._run.finish(exit_code=int(failed)))
