@@ -120,19 +120,28 @@ class _Watch(threading.Thread):
         self._interval_s = min(1.0, timeout_s / 10)
         self._store = dist.PrefixStore("watch", store.clone())  # a connection that no waiting of the loop blocks
         self._store.set_timeout(timedelta(seconds=timeout_s))
-        self._over = threading.Event()
+        self._over, self._done = threading.Event(), threading.Event()
         self._state, self._message, self._count = ALIVE, "", 0
         self._seen = {rank: (0, time.monotonic()) for rank in range(world.size) if rank != world.rank}
         self._beat()
 
     def run(self) -> None:
         while not self._over.wait(self._interval_s):
-            try:
-                self._beat()
-                self._look()
-            except dist.DistError as error:
-                if not self._over.is_set():
-                    self._end(f"the store of the ranks is lost, so rank 0 or torchrun has ended ({_line(error)})")
+            self._done.clear()
+            threading.Thread(target=self._round, daemon=True).start()
+            # The store of a frozen process never answers, and there is no other way to stop waiting for it.
+            if not self._done.wait(self._timeout_s) and not self._over.is_set():
+                self._end(f"the store is silent for {self._timeout_s:.0f} s: rank 0, or torchrun, is frozen")
+
+    def _round(self) -> None:
+        """Gives and reads the signs once."""
+        try:
+            self._beat()
+            self._look()
+        except dist.DistError as error:
+            if not self._over.is_set():
+                self._end(f"the store is lost: rank 0, or torchrun, has ended ({_line(error)})")
+        self._done.set()
 
     def __enter__(self) -> None:
         self.start()
@@ -172,25 +181,21 @@ class _Watch(threading.Thread):
         return [json.loads(sign) for sign in self._store.multi_get([str(rank) for rank in self._seen])]
 
     def _look(self) -> None:
-        signs, now, silent = self._signs(), time.monotonic(), []
+        signs, now, silent, failed = self._signs(), time.monotonic(), [], []
         for rank, (count, state, phase, message) in zip(self._seen, signs, strict=True):
             if count != self._seen[rank][0]:
                 self._seen[rank] = count, now
-            since = self._seen[rank][1]
+            silent_s = now - self._seen[rank][1]
             if state == FAILED:
-                self._end(f"rank {rank} has failed while {phase}: {message}")
-            if state == TERMINATED and not self._world.ending:
-                self._follow()
-            if state == ALIVE and now - since > self._timeout_s:
-                silent.append(f"rank {rank} was killed or is frozen: silent for {now - since:.0f} s while {phase}")
-        if silent:
-            self._end("; ".join(silent))
-
-    def _follow(self) -> None:
-        """Another rank was asked to end and does not wait for this one, which no collective can reach any more."""
-        os.kill(os.getpid(), signal.SIGTERM)
-        if not self._over.wait(LOST_S / 2):
-            os._exit(STATUS_TERMINATED)
+                failed.append(f"rank {rank} has failed while {phase}: {message}")
+            elif state == ALIVE and silent_s > self._timeout_s:
+                lost = f"rank {rank} was killed or is frozen"
+                silent.append(f"{lost}: silent for {silent_s:.0f} s, last seen while {phase}")
+        if silent or failed:
+            self._state, self._message = FAILED, "; ".join(silent or failed)
+            self._beat()
+            time.sleep(2 * self._interval_s)  # the store may end with this process: the others read it first
+            self._end(self._message)
 
     def _end(self, message: str) -> None:
         for handler in logging.root.handlers:

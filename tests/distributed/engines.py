@@ -17,7 +17,7 @@ from clvr_train.runtime.engine import Engine
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 STEPS, SAVED = 6, 3  # updates; the checkpoint
 BAD = 4  # number of the batch with a loss that is not finite, after the checkpoint
-OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, "clip": 0.5}
+OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, "clip": 0.5, "ema_decay": 0.6}
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -54,13 +54,27 @@ def dtype(engine: Engine) -> torch.dtype:
     return next(engine.module.parameters()).dtype
 
 
+def stop(engine: Engine, world: World) -> str:
+    """Makes every batch from now on one that is not finite; returns how the engine gives up."""
+    try:
+        while True:
+            for _ in engine.turns([0]):
+                value = float("inf") if world.rank == world.size - 1 else 1.0
+                engine.backward(engine.module(torch.ones(1, 5, dtype=dtype(engine))).sum() * value)
+            engine.step({"samples": [world.rank, engine.batches]})
+    except FloatingPointError as error:
+        return str(error)
+
+
 def main(folder: Path) -> None:
     found, weights = {}, {}
 
     def keep(case: str, engine: Engine, **values: object) -> None:
         found[case] = {"steps": engine.steps, "batches": engine.batches, "skipped": engine.skipped} | values
         for name, tensor in engine.full_weights().items():
-            weights[f"{case}/{name}"] = tensor.float()
+            weights[f"{case}/{name}"] = tensor.float().clone()
+        for name, tensor in engine.full_weights(average=True).items():
+            weights[f"{case} average/{name}"] = tensor.float().clone()
 
     with start("cpu", timeout_s=60, collectives=True) as world:
         for name in ENGINES:
@@ -76,6 +90,9 @@ def main(folder: Path) -> None:
                     engine.resume(saver)
                 train(engine, world, STEPS)
                 keep(case, engine)
+            engine = Engine(net(), world, name=name, dump=folder / f"{name} failed", **OPTIONS)
+            train(engine, world, SAVED)
+            keep(f"{name} stopped", engine, message=stop(engine, world))
         if world.first:
             (folder / "found.json").write_text(json.dumps(found))
             save_file(weights, folder / "weights.safetensors")

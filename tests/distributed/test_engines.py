@@ -23,12 +23,20 @@ ATOL, DRIFT = 2e-6, 1e-7
 
 
 def single(folder: Path) -> Engine:
+    """With `values` and `history`: what its steps gave, and the weights before the first and after each."""
     engine = Engine(net(), **OPTIONS)
+    engine.values, engine.history = [], [copied(engine)]
     with Saver(folder / "single") as saver:
-        train(engine, World(), SAVED)
-        engine.save(saver, SAVED)
-        engine.values = train(engine, World(), STEPS)
+        for step in range(STEPS):
+            if step == SAVED:
+                engine.save(saver, SAVED)
+            engine.values += train(engine, World(), step + 1)
+            engine.history.append(copied(engine))
     return engine
+
+
+def copied(engine):
+    return {name: tensor.clone() for name, tensor in engine.full_weights().items()}
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +72,43 @@ def test_two_processes_equal_one(ran, name):
     assert_close(of_case(weights, name), one.full_weights())
     counts = {"steps": STEPS, "batches": STEPS + 1, "skipped": 1}
     assert {key: found[name][key] for key in counts} == counts == {key: getattr(one, key) for key in counts}
-    for ours, theirs in zip(found[name]["values"], one.values, strict=True):
+    for ours, theirs in zip(found[name]["values"], one.values[SAVED:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_resumed_in_the_same_world_is_bit_for_bit(ran, name):
     _, _, weights, _ = ran
-    whole, resumed = of_case(weights, name), of_case(weights, f"{name} resumed")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    for kind in ("", " average"):
+        whole, resumed = of_case(weights, f"{name}{kind}"), of_case(weights, f"{name} resumed{kind}")
+        assert len(whole) == 8 and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", ("single", *ENGINES))
+def test_the_average_is_the_plain_one(ran, name):
+    one, _, weights, _ = ran
+    expected = dict(one.history[0])
+    for weight in one.history[1:]:
+        expected = {key: 0.6 * expected[key] + 0.4 * weight[key] for key in expected}
+    assert_close(one.full_weights(average=True) if name == "single" else of_case(weights, f"{name} average"), expected)
+    assert any(not torch.allclose(expected[key], one.history[-1][key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_too_many_that_are_not_finite_end_it_with_what_repeats_them(ran, name):
+    """The gradient of rank 1 alone is not finite."""
+    one, found, weights, folder = ran
+    case = found[f"{name} stopped"]
+    assert f"4 gradients in a row are not finite after optimiser step {SAVED}; {folder}" in case["message"]
+    batches = json.loads((folder / f"{name} failed" / "batches.json").read_text())
+    assert [entry["batch"] for entry in batches] == [SAVED + k for k in range(4)]
+    assert batches[1]["ranks"] == [{"samples": [0, SAVED + 1]}, {"samples": [1, SAVED + 1]}]
+    engine = Engine(net(seed=5), **OPTIONS)
+    with Saver(folder / f"{name} failed") as saver:
+        engine.resume(saver)
+    assert (engine.steps, engine.batches, engine.skipped) == (SAVED, SAVED, 0), "from here the first of them is next"
+    assert_close(engine.full_weights(), one.history[SAVED])
+    assert_close(of_case(weights, f"{name} stopped"), one.history[SAVED])
 
 
 @pytest.mark.parametrize("name", ENGINES)

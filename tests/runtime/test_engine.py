@@ -94,6 +94,17 @@ def test_a_loss_that_is_not_finite_spoils_the_step_even_if_its_gradient_is():
     assert engine.step()["skipped"] == 1
 
 
+def test_an_average_of_every_second_step():
+    engine = Engine(net(), lr=0.1, total_steps=10, ema_decay=0.9, ema_every=2)
+    expected = {name: tensor.clone() for name, tensor in engine.full_weights().items()}
+    for step in range(1, 6):
+        train(engine, 1)
+        if step % 2 == 0:
+            expected = {name: 0.81 * expected[name] + 0.19 * t for name, t in engine.full_weights().items()}
+    found = engine.full_weights(average=True)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+
+
 EVERY = [(p, o) for p in ("fp32", "bf16", "bf16_states") for o in ("adamw", "adamw_bf16", "adamw8bit")]
 
 
