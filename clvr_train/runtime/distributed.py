@@ -186,6 +186,9 @@ class _Watch(threading.Thread):
             if count != self._seen[rank][0]:
                 self._seen[rank] = count, now
             silent_s = now - self._seen[rank][1]
+            if state == TERMINATED and not self._world.ending:
+                self._world.ending = True
+                threading.Thread(target=self._follow, daemon=True).start()
             if state == FAILED:
                 failed.append(f"rank {rank} has failed while {phase}: {message}")
             elif state == ALIVE and silent_s > self._timeout_s:
@@ -196,6 +199,12 @@ class _Watch(threading.Thread):
             self._beat()
             time.sleep(2 * self._interval_s)  # the store may end with this process: the others read it first
             self._end(self._message)
+
+    def _follow(self) -> None:
+        """Another rank was asked to end and does not wait for this one, which no collective can reach any more."""
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._over.wait(LOST_S / 2):
+            os._exit(STATUS_TERMINATED)
 
     def _end(self, message: str) -> None:
         for handler in logging.root.handlers:
