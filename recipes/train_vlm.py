@@ -21,6 +21,7 @@ from clvr_train.models.qwen_vl import add_image_tokens, load_vlm, make_tiny_cont
 from clvr_train.runtime.distributed import World, start
 from clvr_train.sft.chats import Fitted, chat_of, fit_chats
 from clvr_train.sft.vlm import sft_config, train_controller
+from clvr_train.shapes.controller import make_trajectories
 from recipes._build import build_engine, is_finished
 from recipes._data import read_folder
 from recipes._recipe import recipe, run_folder
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with start(device, timeout_s=cfg.engine.timeout_s) as world:
+    with start(device, timeout_s=cfg.engine.timeout_s, collectives=cfg.engine.name != "single") as world:
         train(cfg, world)
 
 
@@ -55,8 +56,8 @@ def train(cfg: DictConfig, world: World) -> None:
     run = run_folder(cfg, MAY_CHANGE, world)
     if is_finished(run):
         return
-    data, section = cfg.data, cfg.train
-    trajectories = read_folder(data.folder, Refusals(data.folder, data.max_refused), data.limit)
+    section = cfg.train
+    trajectories = read(cfg.data, "train", cfg.seed, cfg.data.max_refused, cfg.data.limit)
     folder = untrained(cfg, trajectories, run, world)
     dtype = torch.float32 if cfg.engine.precision == "fp32" else torch.bfloat16
     model, processor = load_vlm(folder, dtype=dtype, max_pixels=cfg.controller.max_pixels)
@@ -70,8 +71,8 @@ def train(cfg: DictConfig, world: World) -> None:
 
     chats = told(fitted(trajectories), section.max_length)
     held_out = []
-    if cfg.validation.folder is not None:
-        held_out = read_folder(cfg.validation.folder, Refusals(cfg.validation.folder, 0.0), cfg.validation.num)
+    if cfg.validation.folder is not None or cfg.validation.trajectories:
+        held_out = read(cfg.validation, "eval", cfg.seed, 0.0, cfg.validation.num)
     whole = {t.id: t for t in held_out}
     validation = [(whole[chat.name], chat) for chat in fitted(held_out).chats] if held_out else []
 
@@ -106,6 +107,13 @@ def train(cfg: DictConfig, world: World) -> None:
             on_step=lambda step: bar.update(step - bar.n),
         )
     logger.info("the controller is in %s", run / "model")
+
+
+def read(source: DictConfig, split: str, seed: int, max_refused: float, limit: int | None) -> list[Trajectory]:
+    """The trajectories of a folder, or of the shapes world where `source.trajectories` asks for some."""
+    if source.trajectories:
+        return list(make_trajectories(source.trajectories, seed, split))
+    return read_folder(source.folder, Refusals(source.folder, max_refused), limit)
 
 
 def untrained(cfg: DictConfig, trajectories: list[Trajectory], run: Path, world: World) -> Path:

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3VLProcessor,
     TrainerCallback,
 )
+from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
 from clvr_train.data.images import open_image
@@ -57,6 +58,11 @@ def training_order(sizes: Sequence[tuple], steps: int, batch: int, seed: int, wi
     return result
 
 
+def chat_size(chat: Chat) -> tuple[int, int]:
+    """What chats are sorted by: images, then characters."""
+    return len(chat.images), sum(len(json.dumps(message["content"])) for message in chat.messages)
+
+
 def _rows(chats: Sequence[Chat], order: list[int]) -> Dataset:
     """The chats in the order of training; images are opened when their turn comes."""
     columns = {"chat": [json.dumps(chat.messages) for chat in chats], "row": list(range(len(chats)))}
@@ -87,8 +93,7 @@ class ControllerTrainer(SFTTrainer):
         config: SFTConfig,
     ) -> None:
         self.batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-        sizes = [(len(chat.images), sum(len(json.dumps(m["content"])) for m in chat.messages)) for chat in chats]
-        order = training_order(sizes, config.max_steps, self.batch, config.seed)
+        order = training_order([chat_size(chat) for chat in chats], config.max_steps, self.batch, config.seed)
         super().__init__(model, config, train_dataset=_rows(chats, order), processing_class=processor)
         for noise in (PrinterCallback, ProgressCallback):
             self.remove_callback(noise)
@@ -192,9 +197,19 @@ class _Report(TrainerCallback):
                 self.metrics.log(state.global_step, **values)
         if self.on_step is not None:
             self.on_step(state.global_step)
-        self.sigterm.pending = any(self.trainer.engine.world.gather(self.sigterm.pending))
-        if self.sigterm.pending and not last:
+        if self.sigterm.asked() and not last:
             self.stopped = control.should_save = control.should_training_stop = True
+
+
+@contextlib.contextmanager
+def _known_to_transformers(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block transformers and TRL know of weights that ZeRO-3 holds in parts: ranks then write replies for as
+    many tokens as the longest, and the head is put together where it is used without a call.
+    """
+    parts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if parts else None
+    yield
+    del known  # it holds as long as it lives
 
 
 def sft_config(
@@ -279,7 +294,7 @@ def train_controller(
     engine = make_engine(model)
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Saver(run / "checkpoints"))
-        sigterm = stack.enter_context(Deferral())
+        sigterm = stack.enter_context(Deferral(engine.world))
         resumed = engine.resume(saver) is not None
         metrics = None
         if engine.world.first:
@@ -291,8 +306,9 @@ def train_controller(
         ) if validation else None  # fmt: skip
         report = _Report(trainer, metrics, sigterm, check, validate_every, on_step)
         trainer.add_callback(report)
-        if engine.batches < config.max_steps:
-            trainer.train()
+        with _known_to_transformers(model):
+            if engine.batches < config.max_steps:
+                trainer.train()
         if report.stopped:
             saver.wait()
             sigterm.deliver()
