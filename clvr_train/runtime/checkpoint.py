@@ -29,7 +29,6 @@ from torch.distributed import ProcessGroup
 from clvr_train.runtime.files import publish_folder, write_atomic, write_synced
 
 STATE, MANIFEST, POINTER = "state.json", "manifest.json", "latest"
-OPTIMIZER = "optimizer."
 CHUNK = 1 << 24  # bytes handed to the disk at once
 DTYPES = {  # as safetensors calls them
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -126,14 +125,6 @@ class Saver:
                 self._writer.shutdown()
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 1) -> Path:
-    """Saves a step of one process at once; returns its folder. See `Saver`."""
-    text = _as_json(folder, step, state)
-    copies = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    _write(Path(folder), step, copies, text, keep, None)
-    return Path(folder) / f"step-{step}"
-
-
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a step by name, on the CPU, each read from disk when it is asked for."""
 
@@ -191,16 +182,6 @@ def load_latest(
     return None
 
 
-def verify(path: Path) -> None:
-    """Check one step's folder against its manifest.
-
-    Raises:
-        CheckpointError: a file is missing, of another size or of other content; names it.
-    """
-    for name, expected in _read_manifest(path).items():
-        _verify_file(path / name, expected)
-
-
 def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file of a step."""
     manifest = path / MANIFEST
@@ -225,59 +206,6 @@ def _verify_file(file: Path, expected: tuple[int, str]) -> None:
         actual = hashlib.file_digest(content, "sha256").hexdigest()
     if actual != sha256:
         raise CheckpointError(f"{file}: sha256 {actual[:12]}, expected {sha256[:12]}")
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser as (tensors named `optimizer.<parameter>.<name>`, JSON state), for `save_checkpoint`.
-
-    Raises:
-        CheckpointError: a value is neither a tensor nor of JSON.
-    """
-    full = optimizer.state_dict()
-    tensors, values = {}, {}
-    for number, entries in full["state"].items():
-        for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else values
-            target[f"{OPTIMIZER}{number}.{name}"] = value
-    try:
-        state = json.loads(json.dumps({"groups": full["param_groups"], "values": values}))
-    except TypeError as error:
-        raise CheckpointError(f"{type(optimizer).__name__}: {error}") from error
-    return tensors, state
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], state: dict[str, Any]
-) -> None:
-    """The inverse of `flatten_optimizer`; all tensors of a checkpoint may be passed, others are left alone.
-
-    Raises:
-        CheckpointError: the checkpoint was made for other parameters.
-    """
-    current = optimizer.state_dict()["param_groups"]
-    saved = [dict(group) for group in state["groups"]]
-    if [group["params"] for group in saved] != [group["params"] for group in current]:
-        counts = [len(group["params"]) for group in saved], [len(group["params"]) for group in current]
-        raise CheckpointError(
-            f"optimizer: parameters a group {counts[0]} in the checkpoint, {counts[1]} in the run"
-        )
-    for group, now in zip(saved, current, strict=True):
-        # JSON knows no tuples, and an optimiser may compare its betas with one.
-        group.update({name: tuple(group[name]) for name, value in now.items() if isinstance(value, tuple)})
-    entries: dict[int, dict[str, Any]] = {}
-    own = {name: tensors[name] for name in tensors if name.startswith(OPTIMIZER)}
-    for key, value in (own | state["values"]).items():
-        number, name = key.removeprefix(OPTIMIZER).split(".", 1)
-        entries.setdefault(int(number), {})[name] = value
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, moments in entries.items():
-        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-            if name in moments and moments[name].shape != parameters[number].shape:
-                shapes = tuple(moments[name].shape), tuple(parameters[number].shape)
-                raise CheckpointError(
-                    f"{OPTIMIZER}{number}.{name}: shape {shapes[0]} for a parameter of {shapes[1]}"
-                )
-    optimizer.load_state_dict({"state": entries, "param_groups": saved})
 
 
 def _as_json(folder: Path, step: int, state: dict[str, Any]) -> str:
