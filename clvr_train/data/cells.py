@@ -1,4 +1,8 @@
-"""Single cells of parquet files, in memory that does not grow with the file or its row groups."""
+"""Single cells of parquet files, in memory that does not grow with the file or its row groups.
+
+`datasets` streams the rows of a file in their order, and shuffles by a buffer: an order by (seed, epoch), resumed at
+once, asks for any row.
+"""
 
 import os
 import threading
