@@ -162,9 +162,9 @@ def load_latest(
     damaged: list[CheckpointError] = []
     rank, world = _place(group)
     steps = _steps(Path(folder))
-    seen = _exchange(" ".join(path.name for _, path in steps), group)
+    seen = _exchange(" ".join(path.name for _, path in steps) or "none", group)
     if len(set(seen)) > 1:
-        raise CheckpointError(f"{folder}: ranks see different steps ({' | '.join(seen)}): all nodes must share it")
+        raise CheckpointError(f"{folder}: ranks see different steps ({', '.join(seen)}): all nodes must share it")
     for step, path in steps:
         try:
             with _together(group):
@@ -312,7 +312,7 @@ def _together(group: ProcessGroup | None) -> Iterator[None]:
         raise failure
     for rank, text in enumerate(failures):
         if text:
-            raise CheckpointError(f"rank {rank}: {text}")
+            raise CheckpointError(f"rank {rank} has failed: {text}")
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
