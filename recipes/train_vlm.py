@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from clvr_train.data.refusals import Refusals
@@ -19,10 +19,11 @@ from clvr_train.method.protocol import format_turn
 from clvr_train.method.trajectory import Trajectory
 from clvr_train.models.qwen_vl import add_image_tokens, load_vlm, make_tiny_controller, set_checkpointing
 from clvr_train.runtime.distributed import World, start
+from clvr_train.runtime.engine import Engine
 from clvr_train.sft.chats import Fitted, chat_of, fit_chats
 from clvr_train.sft.vlm import sft_config, train_controller
 from clvr_train.shapes.controller import make_trajectories
-from recipes._build import build_engine, is_finished
+from recipes._build import is_finished
 from recipes._data import read_folder
 from recipes._recipe import recipe, run_folder
 
@@ -90,7 +91,24 @@ def train(cfg: DictConfig, world: World) -> None:
         log_every=section.log_every,
         save_every=section.save_every,
     )
-    rates = OmegaConf.create({**section, "warmup_steps": math.ceil(section.warmup_ratio * steps)})
+
+    def make_engine(model: torch.nn.Module) -> Engine:
+        return Engine(
+            model,
+            world,
+            name=cfg.engine.name,
+            precision=cfg.engine.precision,
+            optimizer=cfg.engine.optimizer,
+            offload=cfg.engine.offload,
+            lr=section.lr,
+            total_steps=steps,
+            schedule=section.schedule,
+            warmup_steps=math.ceil(section.warmup_ratio * steps),
+            weight_decay=section.weight_decay,
+            clip=section.clip,
+            dump=run / "nonfinite",
+        )
+
     with tqdm(total=steps, desc="train_vlm", disable=not world.first) as bar:
         train_controller(
             model,
@@ -98,7 +116,7 @@ def train(cfg: DictConfig, world: World) -> None:
             chats,
             run,
             config,
-            lambda model: build_engine(model, world, cfg.engine, rates, steps),
+            make_engine,
             save_dtype=PRECISIONS[section.save_precision],
             validation=validation,
             validate_every=cfg.validation.every,

@@ -100,7 +100,8 @@ class ControllerTrainer(SFTTrainer):
         # The loss is a mean over the batch's tokens, however it is cut into micro-batches. Transformers would not count
         # them for this class, whose own loss takes no such number; TRL's does.
         self.model_accepts_loss_kwargs = True
-        self._lr = 0.0
+        self._names = [chats[index].name for index in order]
+        self._lr, self._losses = 0.0, []
         self._turns: Iterator[None] = iter(())
 
     def take(self, engine: Engine, saver: Saver) -> None:
@@ -138,11 +139,14 @@ class ControllerTrainer(SFTTrainer):
         loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         # TRL's is the part of the global mean times the number of ranks, whose mean it takes for the log.
         self.engine.backward(loss / self.args.world_size)
+        self._losses.append(loss.detach())
         return loss.detach()
 
     def _clip_grad_norm(self, model) -> float:
-        values = self.engine.step()
-        self._lr = values["lr"]
+        first = self.engine.batches * self.batch
+        names, losses = self._names[first : first + self.batch], [str(loss.item()) for loss in self._losses]
+        values = self.engine.step({"trajectories": names, "losses": losses})
+        self._lr, self._losses = values["lr"], []
         return values["grad_norm"]
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
@@ -312,9 +316,9 @@ def train_controller(
         if report.stopped:
             saver.wait()
             sigterm.deliver()
-    weights = engine.full_weights()
-    if engine.world.first:
-        names = dict(model.named_parameters())  # a head that shares its weight with the embedding is not named
-        weights = {name: weights[name].to(save_dtype) for name in names}
-        save_vlm(model, processor, run / "model", weights)
+        weights = engine.full_weights()
+        if engine.world.first:
+            names = dict(model.named_parameters())  # a head that shares its weight with the embedding is not named
+            weights = {name: weights[name].to(save_dtype) for name in names}
+            save_vlm(model, processor, run / "model", weights)
     return run / "model"

@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from clvr_train.models.qwen_vl import CHAT_TEMPLATE, load_vlm, make_tiny_control
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import read_metrics
 from clvr_train.sft.chats import Chat, chat_of
-from clvr_train.sft.vlm import ControllerTrainer, sft_config, train_controller, training_order
+from clvr_train.sft.vlm import ControllerTrainer, chat_size, sft_config, train_controller, training_order
 from clvr_train.shapes.controller import make_trajectories
 
 PUBLISHED = (Path(trl.__file__).parent / "chat_templates/qwen3_vl.jinja").read_text()  # without marks of turns
@@ -252,6 +253,32 @@ def test_a_loss_that_is_not_finite_is_skipped(
     weights, rows = train(base, trajectories, tmp_path, steps=4)
     assert [row["skipped"] for row in rows] == [0, 1, 1, 1] and math.isnan(rows[1]["loss"])
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_what_is_never_finite_ends_the_run_and_leaves_what_repeats_it(
+    base: Path, trajectories: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, steps = ControllerTrainer.compute_loss, []
+
+    def poisoned(self, *arguments, **named) -> Tensor:
+        steps.append(None)
+        return real(self, *arguments, **named) * (math.nan if len(steps) > 4 else 1.0)  # two micro-batches a step
+
+    engine = engine_with(dump=tmp_path / "nonfinite", max_skipped=1)
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="2 gradients in a row.*nonfinite"):
+        patch.setattr(ControllerTrainer, "compute_loss", poisoned)
+        train(base, trajectories, tmp_path, micro_batch=2, engine=engine)
+    told = json.loads((tmp_path / "nonfinite/batches.json").read_text())
+    assert [entry["batch"] for entry in told] == [2, 3]
+    order = training_order([chat_size(chat_of(t)) for t in trajectories], 6, 4, 0)
+    assert told[0]["ranks"][0]["trajectories"] == [trajectories[i].id for i in order[8:12]]
+    assert told[0]["ranks"][0]["losses"] == ["nan", "nan"]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "nonfinite").rename(tmp_path / "again/checkpoints")  # a run that goes on from it does those batches
+    weights, rows = train(base, trajectories, tmp_path / "again", micro_batch=2)
+    assert [row["step"] for row in rows] == [3, 4, 5, 6]
+    whole, _ = train(base, trajectories, tmp_path / "whole", micro_batch=2)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.items())
 
 
 def test_batch_that_cannot_be_divided(tmp_path: Path) -> None:
