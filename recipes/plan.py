@@ -124,7 +124,7 @@ def settings_of(cfg: DictConfig, training: DictConfig) -> Settings:
     engine, train = training.engine, training.train
     gpus = cfg.gpus or (1 if engine.name == "single" else NODE)
     choices = {key: engine["name" if key == "engine" else key] for key in CHOICES}
-    settings = Settings(gpus=gpus, **choices)
+    settings = Settings(gpus=gpus, ema=train.get("ema_decay") is not None, **choices)
     micro_batches(train.batch, settings)
     return replace(settings, micro_batch=min(train.micro_batch, train.batch // gpus))
 

@@ -45,7 +45,11 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How a training is set up. `micro_batch`: samples in a forward of one GPU."""
+    """How a training is set up. `micro_batch`: samples in a forward of one GPU. `ema`: an average of the weights.
+
+    Raises:
+        ValueError: there is no such setting, or the engine has no such combination.
+    """
 
     engine: str = "single"
     gpus: int = 1
@@ -54,6 +58,7 @@ class Settings:
     checkpointing: str = "none"
     micro_batch: int = 1
     offload: str = "none"
+    ema: bool = False
 
     def __post_init__(self) -> None:
         for key, choices in CHOICES.items():
@@ -61,6 +66,17 @@ class Settings:
                 raise ValueError(f"{key}={getattr(self, key)!r} is not one of {', '.join(choices)}")
         if self.engine == "single" and self.gpus > 1:
             raise ValueError(f"gpus={self.gpus}: engine=single has one; choose one of {', '.join(ENGINES[1:])}")
+        if self.stage and self.optimizer == "adamw8bit":
+            raise ValueError(f"optimizer=adamw8bit, engine={self.engine}: 8-bit moments need engine=single or ddp")
+        if self.offload == "optimizer" and not self.stage:
+            raise ValueError(f"offload=optimizer, engine={self.engine}: only {', '.join(ENGINES[2:])} can")
+        if self.offload == "optimizer" and (self.optimizer != "adamw" or self.precision == "bf16_states"):
+            raise ValueError("offload=optimizer: only with optimizer=adamw and precision=fp32 or bf16")
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 without."""
+        return int(self.engine[-1]) if self.engine.startswith("zero") else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +112,8 @@ def _moment_bytes(number: int, precision: str, optimizer: str) -> int:
 def state_bytes(trained: Iterable[torch.Tensor], frozen_bytes: int, settings: Settings) -> dict[str, int]:
     """Bytes of `weights`, `gradients` and `optimizer` on every GPU, and of the optimizer on the `host` for each GPU.
 
-    ZeRO-1 splits the optimizer's over the GPUs, ZeRO-2 the gradients too, ZeRO-3 the trained weights too.
+    ZeRO-1 splits the optimizer's over the GPUs, ZeRO-2 the gradients too, ZeRO-3 the trained weights too. An average of
+    the weights, which is shared too, is counted with the optimizer's.
 
     Args:
         trained: the trained parameters, each once. frozen_bytes: of everything that every GPU holds whole.
@@ -107,13 +124,13 @@ def state_bytes(trained: Iterable[torch.Tensor], frozen_bytes: int, settings: Se
         "gradients": sum(numbers) * settings.dtype.itemsize,
         "optimizer": optimizer_bytes(numbers, settings.precision, settings.optimizer),
     }
-    stage = int(settings.engine[-1]) if settings.engine.startswith("zero") else 0
     for least, kind in enumerate(("optimizer", "gradients", "weights"), start=1):
-        if stage >= least:
+        if settings.stage >= least:
             parts[kind] = -(-parts[kind] // settings.gpus)
     parts["weights"] += frozen_bytes
     parts["host"] = parts["optimizer"] if settings.offload == "optimizer" else 0
     parts["optimizer"] -= parts["host"]
+    parts["optimizer"] += -(-4 * sum(numbers) // settings.gpus) if settings.ema else 0
     return parts
 
 
@@ -152,7 +169,11 @@ def cheapest_fit(settings: Settings, fits: Callable[[Settings], bool]) -> dict[s
     for keys in subsets:
         for values in itertools.product(*(ways[key] for key in keys)):
             changes = dict(zip(keys, values, strict=True))
-            if fits(replace(settings, **changes)):
+            try:
+                changed = replace(settings, **changes)
+            except ValueError:  # the engine has no such combination
+                continue
+            if fits(changed):
                 return changes
     return None
 
@@ -166,7 +187,8 @@ def stronger(settings: Settings) -> Mapping[str, list]:
 
     return {
         "checkpointing": after("checkpointing"),
-        "engine": [engine for engine in after("engine") if engine.startswith("zero")] if settings.gpus > 1 else [],
+        # one GPU has nothing to share, but only ZeRO can have the optimizer on the host
+        "engine": [e for e in after("engine") if e == "zero1" or (e.startswith("zero") and settings.gpus > 1)],
         "optimizer": after("optimizer")[-1:],
         "micro_batch": list(_halves(settings.micro_batch)),
         "offload": after("offload"),

@@ -1,6 +1,8 @@
 """The plan against real models: parameters, bytes tensor by tensor, FLOPs as torch counts them, what autograd keeps."""
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -19,6 +21,9 @@ from clvr_train.models.klein import image_ids, load_klein, text_ids
 from clvr_train.models.plan import (
     ENGINES,
     GPUS,
+    OFFLOADS,
+    OPTIMIZERS,
+    PRECISIONS,
     Settings,
     bytes_per_gpu,
     cheapest_fit,
@@ -35,6 +40,7 @@ from clvr_train.models.trace import (
     trace_vlm,
     vlm_shapes,
 )
+from clvr_train.runtime.engine import Engine
 
 CONTROLLER = Path(__file__).resolve().parents[2] / "models/shapes/controller"
 LAYERS, WINDOW, TARGET, REFERENCES = (1, 2, 3), 48, (3, 3), [(2, 4), (3, 3)]
@@ -366,8 +372,10 @@ def change(limit, settings, number=10**6, activations=8 * 10**6):
         (11e6, {"engine": "zero2", "gpus": 8}, {"checkpointing": "selective"}),
         (6e6, {"engine": "ddp", "gpus": 8}, {"checkpointing": "full", "engine": "zero3"}),
         (22e6, {"checkpointing": "full", "optimizer": "adamw8bit", "micro_batch": 8}, {"micro_batch": 4}),
-        (10e6, {"checkpointing": "full", "optimizer": "adamw8bit"}, {"offload": "optimizer"}),
-        (5e6, {"checkpointing": "full", "optimizer": "adamw8bit"}, None),
+        (9e6, {"checkpointing": "full"}, {"engine": "zero1", "offload": "optimizer"}),  # one GPU
+        (9e6, {"checkpointing": "full", "engine": "zero1"}, {"offload": "optimizer"}),
+        (4e6, {"checkpointing": "full", "engine": "zero3", "gpus": 8}, {"offload": "optimizer"}),
+        (5e6, {"checkpointing": "full", "optimizer": "adamw8bit"}, None),  # 8-bit moments cannot be on the host
     ],
 )
 def test_the_cheapest_change_comes_first(limit, settings, expected):
@@ -375,11 +383,43 @@ def test_the_cheapest_change_comes_first(limit, settings, expected):
     assert change(limit, Settings(**{"precision": "bf16", **settings})) == expected
 
 
+def test_combinations_are_those_of_the_engine():
+    """What it refuses is refused here, and no other; it is built where that takes no DeepSpeed."""
+    for name, precision, optimizer, offload in itertools.product(ENGINES, PRECISIONS, OPTIMIZERS, OFFLOADS):
+        chosen = {"precision": precision, "optimizer": optimizer, "offload": offload}
+
+        def build(name=name, chosen=chosen):
+            Engine(torch.nn.Linear(2, 2), name=name, lr=0.1, total_steps=1, **chosen)
+
+        try:
+            Settings(engine=name, **chosen)
+        except ValueError:
+            with pytest.raises(ValueError, match="engine"):
+                build()
+        else:
+            if not name.startswith("zero"):
+                build()
+
+
+def test_an_average_of_the_weights_is_shared(trained):
+    parameters = list(trained.transformer.parameters())
+    number = sum(p.numel() for p in parameters)
+    for settings in (Settings(engine="ddp", gpus=3), Settings(engine="zero2", gpus=3, offload="optimizer")):
+        without = state_bytes(parameters, 0, settings)
+        assert state_bytes(parameters, 0, dataclasses.replace(settings, ema=True)) == without | {
+            "optimizer": without["optimizer"] + math.ceil(4 * number / 3)
+        }
+
+
 def test_a_plan_says_what_is_wrong():
     with pytest.raises(ValueError, match="engine='zero4' is not one of single"):
         Settings(engine="zero4")
     with pytest.raises(ValueError, match="gpus=2: engine=single has one"):
         Settings(gpus=2)
+    with pytest.raises(ValueError, match="optimizer=adamw8bit, engine=zero2: 8-bit moments need engine=single or ddp"):
+        Settings(engine="zero2", optimizer="adamw8bit")
+    with pytest.raises(ValueError, match="offload=optimizer, engine=ddp: only zero1, zero2, zero3 can"):
+        Settings(engine="ddp", offload="optimizer")
     with pytest.raises(ValueError, match=r"train.batch=9: must be a multiple of gpus=2"):
         micro_batches(9, Settings(engine="ddp", gpus=2))
     with pytest.raises(FileNotFoundError, match="give a model's folder or one of klein_4b"):

@@ -130,8 +130,8 @@ def test_it_speaks_of_the_experiment_as_its_recipe_composes_it(plan):
 
 def test_what_does_not_fit_comes_with_a_change(plan, tiny_folder):
     """All of the GPU but 3 MB is reserved."""
-    options = [f"reserve_gb={(78 * 2**30 - 3e6) / 1e9}", "train.micro_batch=2", "engine.offload=optimizer"]
-    tight = dit(tiny_folder, *options)
+    options = [f"reserve_gb={(78 * 2**30 - 3e6) / 1e9}", "train.micro_batch=2", "engine=zero1", "gpus=1"]
+    tight = dit(tiny_folder, *options, "engine.offload=optimizer")
     found = plan(*tight)
     assert not found["fits"] and found["change"]
     changed = plan(*tight, *(f"{key}={value}" for key, value in found["change"].items()))
