@@ -21,7 +21,7 @@ from clvr_train.runtime.backends import TorchBackend
 from clvr_train.runtime.checkpoint import CheckpointError, Saver
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.files import write_atomic
-from clvr_train.runtime.optimizers import OPTIMIZERS
+from clvr_train.runtime.optimizers import MOMENTS, OPTIMIZERS
 from clvr_train.runtime.seeding import rng_state, set_rng_state
 from clvr_train.runtime.zero import STAGES, ZeroBackend
 
@@ -101,6 +101,8 @@ class Engine:
         self.schedule, self.warmup_steps, self.total_steps = schedule, warmup_steps, total_steps
         self.steps = self.batches = self.skipped = self.skipped_in_a_row = 0
         self._owners = self._deal()
+        self._weight_dtype = torch.bfloat16 if precision == "bf16_states" and name not in STAGES else torch.float32
+        self._moment_dtype = {"adamw": self._weight_dtype, "adamw_bf16": torch.bfloat16}.get(optimizer, torch.float32)
         self._ema_decay, self._ema_every = ema_decay, ema_every
         self._average: dict[str, Tensor] = {}  # of the weights that this rank owns
         self._dump, self._failed = dump, []
@@ -202,6 +204,17 @@ class Engine:
         if self.world.first:
             yield from ((f"{EXTRA}{name}", tensor) for name, tensor in extra.items())
 
+    def _reserve(self, saver: Saver) -> None:
+        """Has the memory made for copies of what this rank owns, while training begins."""
+        kinds = {f"{MODEL}{{}}": self._weight_dtype}
+        kinds |= {f"{STATE}{{}}.{kind}": self._moment_dtype for kind in MOMENTS}
+        kinds |= {f"{AVERAGE}{{}}": torch.float32} if self._ema_decay is not None else {}
+        mine = [name for name, owner in self._owners.items() if owner == self.world.rank]
+        saver.reserve(
+            (key.format(name), torch.empty(self._shape(name), dtype=dtype, device="meta"))
+            for name in mine for key, dtype in kinds.items()
+        )  # fmt: skip
+
     def _deal(self) -> dict[str, int]:
         """Which rank keeps what there is once, by trained parameter: about as many elements each."""
         sizes = {name: math.prod(self._shape(name)) for name in self._trained}
@@ -222,6 +235,7 @@ class Engine:
             CheckpointError: the checkpoint is of other parameters.
         """
         self.world.phase = "resuming"
+        self._reserve(saver)
         saved = saver.load()
         if saved is None:
             return None

@@ -130,6 +130,19 @@ def test_saved_and_resumed_goes_on_as_if_nothing_had_happened(tmp_path, precisio
     assert expected["0.weight"].dtype == (torch.bfloat16 if precision == "bf16_states" else torch.float32)
 
 
+@pytest.mark.parametrize(("precision", "optimizer"), EVERY)
+def test_the_first_save_finds_its_memory_made(tmp_path, precision, optimizer):
+    engine = Engine(net(), precision=precision, optimizer=optimizer, lr=1e-2, total_steps=8, ema_decay=0.9)
+    with Saver(tmp_path) as saver:
+        engine.resume(saver)
+        train(engine, 1)
+        saver.wait()
+        made = {name: copy.data_ptr() for name, copy in saver._copies.items()}
+        engine.save(saver, 1)
+        large = {name: copy.data_ptr() for name, copy in saver._copies.items() if copy.shape == (80, 4)}
+        assert len(large) == 4 and all(made[name] == place for name, place in large.items())
+
+
 @pytest.mark.parametrize(("precision", "optimizer"), EVERY[1:])
 def test_every_precision_and_optimizer_learns_as_float32_does(precision, optimizer):
     """The last losses, within a tenth of how far they have come."""
