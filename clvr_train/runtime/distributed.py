@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
+from clvr_train.runtime.redaction import redact
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -209,7 +211,7 @@ class _Watch(threading.Thread):
     def _end(self, message: str) -> None:
         for handler in logging.root.handlers:
             handler.flush()
-        sys.stderr.write(f"error: [rank {self._world.rank}, {self._world.phase}] {message}\n")
+        sys.stderr.write(redact(f"error: [rank {self._world.rank}, {self._world.phase}] {message}\n"))
         sys.stderr.flush()
         os._exit(1)  # the loop may hang in a collective, which no exception reaches
 
