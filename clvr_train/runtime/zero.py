@@ -132,6 +132,7 @@ class ZeroBackend:
 def _import(name: str, world: World) -> ModuleType:
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.rank))  # asked for where torchrun has not started this process
     # DeepSpeed calls collectives of torch by names that torch has replaced.
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
     try:
