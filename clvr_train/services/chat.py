@@ -243,6 +243,8 @@ class ChatClient:
         finally:
             self._slots.put_nowait(client)
         text = message.get("content")
+        if isinstance(text, str) and not _is_unicode(text):
+            return "", "not Unicode text"
         if not isinstance(text, str):
             return "", f"refused: {message['refusal']}" if message.get("refusal") else "no text"
         return text, f"cut at max_tokens={self.options.max_tokens}" if finish == "length" else ""
@@ -268,7 +270,7 @@ class ChatClient:
                     raise ChatError(reason, away=status not in _OF_THE_REQUEST)
                 asked = retry_after_s(headers.get("retry-after"))
                 if asked is not None:
-                    wait = asked
+                    wait = asked + random.uniform(0, self.options.backoff_s)
                     self._not_before = max(self._not_before, time.monotonic() + asked)
             if attempt == self.options.retries or time.monotonic() + wait > ends:
                 raise ChatError(f"{reason} (attempt {attempt + 1})")
@@ -309,7 +311,7 @@ class ChatClient:
 
     def _clean(self, text: str) -> str:
         """One short line without the key, which some servers repeat."""
-        line = " ".join(text.split())
+        line = " ".join(text.encode("utf-8", "replace").decode().split())
         return (line.replace(self._key, "***") if self._key else line)[:200]
 
 
@@ -323,6 +325,15 @@ def retry_after_s(header: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a file can hold it: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _whole(usage: Any, name: str) -> int:

@@ -102,6 +102,8 @@ def test_a_body_that_is_no_completion_is_a_failure_and_not_tried_again(body):
         (says("half of", finish="length"), "reply: cut at max_tokens=1024"),
         (says(None, refusal="I cannot"), "reply: refused: I cannot"),
         (says(None), "reply: no text"),
+        (says("\ud800"), "reply: not Unicode text"),
+        (says(None, refusal="no \ud800"), "reply: refused: no ?"),
         (says("seven"), "reply: invalid literal for int() with base 10: 'seven'"),
     ],
 )
