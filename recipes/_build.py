@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -72,9 +73,11 @@ def trained_transformer(klein: Klein, engine: DictConfig) -> Module:
     return transformer
 
 
-def build_engine(module: Module, world: World, engine: DictConfig, cfg: DictConfig, total_steps: int) -> Engine:
+def build_engine(
+    module: Module, world: World, engine: DictConfig, cfg: DictConfig, total_steps: int, **options: Any
+) -> Engine:
     """An engine for what is trained of a module; `cfg` is a section with `lr`, `schedule`, `warmup_steps`,
-    `weight_decay` and `clip`.
+    `weight_decay` and `clip`; `options` are those of `Engine` that not every recipe has.
     """
     return Engine(
         module,
@@ -89,4 +92,5 @@ def build_engine(module: Module, world: World, engine: DictConfig, cfg: DictConf
         warmup_steps=cfg.warmup_steps,
         weight_decay=cfg.weight_decay,
         clip=cfg.clip,
+        **options,
     )

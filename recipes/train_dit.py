@@ -5,22 +5,28 @@ several GPUs: torchrun --standalone --nproc_per_node N recipes/train_dit.py ... 
 command again; the number of GPUs may be another.
 """
 
+import json
 import logging
 import math
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
+from pathlib import Path
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from clvr_train.data.buckets import sizes_of_area
+from clvr_train.data.loader import Drawn
 from clvr_train.data.refusals import Refusals
+from clvr_train.method.trajectory import Sample
 from clvr_train.models.klein import save_klein, transformer_from
 from clvr_train.runtime.checkpoint import Saver
 from clvr_train.runtime.distributed import World, start
+from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
-from clvr_train.sft.dit import backward_flow_matching
+from clvr_train.sft.dit import LossOutputs, backward_flow_matching
 from recipes._build import (
     CACHE_KEYS,
     build_conditioner,
@@ -35,7 +41,7 @@ from recipes._validation import VALIDATION_KEYS, Validation
 
 logger = logging.getLogger(__name__)
 MAY_CHANGE = ("train.lr", "train.steps", "train.epochs", "train.log_every", "train.save_every", "data.workers")
-MAY_CHANGE += (*CACHE_KEYS, *VALIDATION_KEYS)
+MAY_CHANGE += ("replay", *CACHE_KEYS, *VALIDATION_KEYS)
 MAY_CHANGE += ("engine.name", "engine.offload", "engine.checkpointing", "engine.compile", "engine.timeout_s")
 
 
@@ -66,28 +72,38 @@ def train(cfg: DictConfig, world: World) -> None:
     steps = number_of_steps(cfg, sources)
     validation = Validation(cfg, conditioner, world, run)
     transformer = trained_transformer(klein, cfg.engine)
-    engine = build_engine(transformer, world, cfg.engine, cfg.train, steps)
-    with Saver(run / "checkpoints") as saver, Deferral(world) as sigterm:
+    averaging = {"ema_decay": cfg.train.ema_decay, "ema_every": cfg.train.ema_every}
+    failed = run / "nonfinite"
+    dump = None if cfg.replay else failed
+    engine = build_engine(transformer, world, cfg.engine, cfg.train, steps, dump=dump, **averaging)
+
+    def backward(batch: list[tuple[Drawn, Sample]]) -> LossOutputs:
+        return backward_flow_matching(
+            conditioner,
+            [sample for _, sample in batch],
+            [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in batch],
+            engine=engine,
+            shift=cfg.train.shift,
+            fixed_mu=cfg.train.fixed_mu,
+            text_dropout=cfg.train.text_dropout,
+            micro_batch=cfg.train.micro_batch,
+        )
+
+    with Saver(failed if cfg.replay else run / "checkpoints") as saver, Deferral(world) as sigterm:
         resume = engine.steps if engine.resume(saver) else None
         drawn = (world.share(draw(number)) for number in count(engine.batches))
         refusals = Refusals("data", cfg.data.max_refused)
         batches = read_batches(sources, drawn, conditioner.sizes, cfg.data.workers, refusals)
+        if cfg.replay:
+            replay(engine, batches, backward, failed)
+            return
         bar = tqdm(desc="train_dit", initial=engine.steps, total=steps, disable=not world.first)
         with Metrics(run, resume, wandb=cfg.logger.wandb) if world.first else nullcontext() as metrics, bar:
             while engine.steps < steps:
                 world.phase = f"step {engine.steps + 1}: reading"
                 batch = next(batches)
-                out = backward_flow_matching(
-                    conditioner,
-                    [sample for _, sample in batch],
-                    [(cfg.seed, epoch, *sample.key) for (epoch, _), sample in batch],
-                    engine=engine,
-                    shift=cfg.train.shift,
-                    fixed_mu=cfg.train.fixed_mu,
-                    text_dropout=cfg.train.text_dropout,
-                    micro_batch=cfg.train.micro_batch,
-                )
-                values = engine.step()
+                out = backward(batch)
+                values = engine.step(account(batch, out))
                 if engine.skipped_in_a_row:
                     continue  # nothing has changed
                 bar.update()
@@ -103,10 +119,30 @@ def train(cfg: DictConfig, world: World) -> None:
                     saver.wait()
                     sigterm.deliver()
         refusals.finish()
-    weights = engine.full_weights()
-    if world.first:
-        tuned = transformer_from(transformer.config, weights)
-        save_klein(klein.folder, tuned, run / "model", precision=cfg.train.save_precision)
+    for name, average in (("model_ema", True), ("model", False))[cfg.train.ema_decay is None :]:
+        weights = engine.full_weights(average)
+        if world.first:
+            tuned = transformer_from(transformer.config, weights)
+            save_klein(klein.folder, tuned, run / name, precision=cfg.train.save_precision)
+
+
+def account(batch: list[tuple[Drawn, Sample]], out: LossOutputs) -> dict:
+    """What is kept of a batch whose gradient is not finite: its samples, each with its epoch, and its losses."""
+    samples = [[epoch, *sample.key] for (epoch, _), sample in batch]
+    return {"samples": samples, "losses": [str(loss) for loss in out.parts]}
+
+
+def replay(engine: Engine, batches: Iterator[list], backward: Callable[[list], LossOutputs], failed: Path) -> None:
+    """Repeats the batches that have ended the run, with the weights that they met, until one is finite."""
+    if not (failed / "batches.json").exists():
+        raise ValueError(f"replay=true: {failed} is not there; no run of this name has ended for want of finite values")
+    steps = engine.steps
+    while engine.steps == steps:
+        batch = next(batches)
+        kept = account(batch, backward(batch))
+        logger.warning("rank %d, batch %d: %s", engine.world.rank, engine.batches, json.dumps(kept))
+        engine.step()
+    logger.warning("the gradient of batch %d is finite now", engine.batches - 1)
 
 
 if __name__ == "__main__":
