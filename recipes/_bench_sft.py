@@ -212,7 +212,7 @@ def bench_klein(cfg: DictConfig) -> list[Row]:
     On a CPU there is no peak and no peak memory: those rows are left out.
     """
     cuda = cfg.model.device == "cuda"
-    gpu = _gpu() if cuda else "h100"
+    gpu = gpu_name() if cuda else "h100"
     plan = plan_of(cfg, gpu)
     steps = Steps(cfg, memory_gb=64.0)
     steps.conditioner.prime(steps.samples)
@@ -262,7 +262,7 @@ def _bare_rows(cfg: DictConfig, steps: Steps, ours: float) -> list[Row]:
     return rows
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
     """The name of this GPU in models.plan.GPUS."""
     name = torch.cuda.get_device_name().lower()
     known = [gpu for gpu in GPUS if gpu in name]

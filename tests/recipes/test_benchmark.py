@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from recipes._bench import Row, table
+from recipes._bench_vlm import random_inputs, random_model
 from recipes.benchmark import main
 
 SMALL = ["data.files=4", "data.side_px=96", "data.size_px=64", "data.pairs=1", "data.memory_mib=2"]
@@ -71,10 +73,33 @@ def test_the_benchmark_of_klein_runs_on_a_cpu_with_the_tiny_model_swapped_in(tmp
     assert not any("MFU" in name or "memory" in name for name in rows), "a CPU has neither"
 
 
+def test_the_benchmark_of_the_controller_runs_on_a_cpu_with_the_tiny_one_swapped_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["vlm.tokens=256", "vlm.image_px=[96,64]", "vlm.batch=2", "vlm.warmup=1", "vlm.steps=1"]
+    folder = Path(__file__).resolve().parents[2] / "models/shapes/controller"
+    rows = rows_of(tmp_path, "experiment=bench_sft_qwen3vl_8b", f"vlm.folder={folder}", *small)
+    step = rows["seconds of a step"]["value"]
+    assert rows["tokens a second"]["value"] == pytest.approx(2 * 256 / step)
+    assert not any("MFU" in name or "memory" in name for name in rows), "a CPU has neither"
+
+
+def test_what_the_benchmark_of_the_controller_feeds_it_is_what_it_says():
+    model = random_model(str(Path(__file__).resolve().parents[2] / "models/shapes/controller"), torch.float32,
+                         torch.device("cpu"))  # fmt: skip
+    (row,) = random_inputs(model, 1, 100, 2, (96, 64))
+    assert row["input_ids"].shape == (1, 100) and row["image_grid_thw"].tolist() == [[1, 6, 4]] * 2
+    assert (row["input_ids"] == model.config.image_token_id).sum() == 12 == row["mm_token_type_ids"].sum()
+    assert 15 < (row["labels"] != -100).sum() < 26
+    with torch.no_grad():
+        assert model(**row).loss.isfinite()
+    with pytest.raises(ValueError, match="vlm.tokens=10: 2 images of 96 x 64 px do not fit"):
+        random_inputs(model, 1, 10, 2, (96, 64))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bench=speed", "is not one of data, sft, sft_klein"),
+        ("bench=speed", "is not one of data, sft, sft_klein, vlm"),
         ("data.samples=1", "one batch"),
     ],
 )
