@@ -34,7 +34,7 @@ def wait_for_scores(
     while (share := missing_share(groups)) > max_missing:
         reason = next(score.reason for group in groups for score in group.scores if score.missing)
         if tries == 0:
-            logger.warning("%.0f %% of the scores are missing (%s); waiting for the judges", 100 * share, reason)
+            logger.warning("%.3g of the scores are missing (%s); waiting for the judges", share, reason)
             save()
         if tries == MAX_TRIES:
             raise ValueError(
