@@ -15,6 +15,7 @@ from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.engine import Engine
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
+PRECISIONS = [(name, precision) for name in ("ddp", "zero2", "zero3") for precision in ("bf16", "bf16_states")]
 STEPS, SAVED = 6, 3  # updates; the checkpoint
 BAD = 4  # number of the batch with a loss that is not finite, after the checkpoint
 OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, "clip": 0.5, "ema_decay": 0.6}
@@ -93,6 +94,9 @@ def main(folder: Path) -> None:
             engine = Engine(net(), world, name=name, dump=folder / f"{name} failed", **OPTIONS)
             train(engine, world, SAVED)
             keep(f"{name} stopped", engine, message=stop(engine, world))
+        for name, precision in PRECISIONS:
+            engine = Engine(net(), world, name=name, precision=precision, **OPTIONS)
+            keep(f"{name} {precision}", engine, values=train(engine, world, STEPS))
         if world.first:
             (folder / "found.json").write_text(json.dumps(found))
             save_file(weights, folder / "weights.safetensors")
