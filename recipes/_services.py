@@ -14,7 +14,8 @@ from clvr_train.proxy.prompts import Teacher
 from clvr_train.rewards.combine import Judge, Mix, trajectory_reward
 from clvr_train.rewards.local import ClipScore, Rules
 from clvr_train.rewards.unified_reward import UnifiedReward, UnifiedRewardEdit
-from clvr_train.services.chat import ChatClient, ChatOptions
+from clvr_train.services.chat import ChatClient
+from clvr_train.services.options import ChatOptions
 from clvr_train.shapes.judge import ShapesJudge
 from clvr_train.shapes.teacher import ShapesTeacher
 

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import random
 import ssl
 import threading
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,6 +26,7 @@ from typing import Any
 import httpx
 from PIL.Image import Image
 
+from clvr_train.services.options import ChatOptions, checked_url, key_of, retry_after_s
 from clvr_train.services.replies import ReplyCache, strict_json
 
 logger = logging.getLogger(__name__)
@@ -36,27 +35,6 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwi
 _RETRIED = (408, 429)  # and 5xx
 _OF_THE_REQUEST = (400, 413, 422)  # statuses that say nothing about the server's health
 _LONGEST_WAIT_S = 30.0
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """Where a server is and how it is asked. Seconds are of wall time, prices in USD for a million tokens."""
-
-    url: str  # up to and with /v1
-    model: str
-    key_env: str | None = None  # the environment variable that holds the key
-    limit: int = 32  # requests under way at once
-    attempt_s: float = 60.0  # for one attempt, to its last byte
-    deadline_s: float = 180.0  # for all attempts of a request and the waits between them
-    retries: int = 4
-    backoff_s: float = 0.5  # before the second attempt, doubled for every further one, times 0.5 .. 1.5
-    max_tokens: int = 1024
-    max_reply_bytes: int = 1_000_000
-    breaker: int = 16  # so many requests in a row without a reply, and the rest fail at once
-    cooldown_s: float = 30.0  # until one request may try again
-    cache: str | None = None  # folder of accepted replies
-    price_in: float = 0.0
-    price_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,8 +88,8 @@ class ChatClient:
 
     def __init__(self, options: ChatOptions) -> None:
         self.options = options
-        self._url = _checked_url(options.url)
-        self._key = _key(options.key_env)
+        self._url = checked_url(options.url)
+        self._key = key_of(options.key_env)
         if options.limit < 1 or options.breaker < 1 or options.retries < 0:
             raise ValueError(f"limit={options.limit}, breaker={options.breaker}: at least 1; retries: at least 0")
         self._cache = None if options.cache is None else ReplyCache(Path(options.cache))
@@ -212,7 +190,7 @@ class ChatClient:
         except (TimeoutError, httpx.TransportError, ChatError):
             return False
         if status == 200:
-            self._failures, self._open_until = 0, 0.0
+            self._failures, self._open_until, self._not_before = 0, 0.0, 0.0
         return status == 200
 
     async def _request(self, payload: bytes) -> tuple[str, str]:
@@ -252,6 +230,8 @@ class ChatClient:
     async def _attempts(self, client: httpx.AsyncClient, payload: bytes, ends: float) -> bytes:
         """The body of the first attempt that succeeds. Raises ChatError."""
         for attempt in range(self.options.retries + 1):
+            if self._not_before > ends:
+                raise ChatError("not asked: the server wants to be left alone for longer than the deadline")
             await asyncio.sleep(self._not_before - time.monotonic())
             self._count(attempts=1)
             wait = min(self.options.backoff_s * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
@@ -315,18 +295,6 @@ class ChatClient:
         return (line.replace(self._key, "***") if self._key else line)[:200]
 
 
-def retry_after_s(header: str | None) -> float | None:
-    """Seconds that a `Retry-After` header asks for, as a number or a date; None without a header that says so."""
-    if header is None:
-        return None
-    try:
-        if header.isascii() and header.isdigit():
-            return float(header)
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
 def _is_unicode(text: str) -> bool:
     """Whether a file can hold it: JSON can spell half a character."""
     try:
@@ -339,27 +307,3 @@ def _is_unicode(text: str) -> bool:
 def _whole(usage: Any, name: str) -> int:
     count = usage.get(name) if isinstance(usage, dict) else None
     return count if isinstance(count, int) and count > 0 else 0
-
-
-def _checked_url(text: str) -> str:
-    """Without its last slash. The message never holds what may be a secret."""
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        raise ValueError("url: cannot be read") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError("url: http://host:port/v1 or https://... is needed")
-    if url.userinfo or url.query or url.fragment:
-        raise ValueError(f"url of {url.host}: without name, password and query; a key comes from key_env")
-    return text.rstrip("/")
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(f"key_env={variable}: the environment variable is not set")
-    if not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"key_env={variable}: its value cannot be sent as a key")
-    return key

@@ -18,7 +18,8 @@ from clvr_train.method.trajectory import Sample
 from clvr_train.models.tiny import train_tokenizer
 from clvr_train.proxy.chat_teacher import ChatTeacher
 from clvr_train.rewards.unified_reward import UnifiedReward
-from clvr_train.services.chat import ChatClient, ChatOptions, user_turn
+from clvr_train.services.chat import ChatClient, user_turn
+from clvr_train.services.options import ChatOptions
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "serve_judge.sh"
 BIN = Path(sys.executable).parent

@@ -11,7 +11,8 @@ from clvr_train.method.score import ProxyPrompt, TeacherRefusal
 from clvr_train.method.trajectory import Sample
 from clvr_train.proxy.chat_teacher import ChatTeacher, read_prompt
 from clvr_train.proxy.prompts import TeacherAway, write_proxy_prompts
-from clvr_train.services.chat import ChatClient, ChatOptions
+from clvr_train.services.chat import ChatClient
+from clvr_train.services.options import ChatOptions
 from tests.services.server import ScriptedServer, completion, http, says, sends
 
 IMAGES = tuple(Image.new("RGB", (96, 64), colour) for colour in ("red", "green", "blue"))

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from clvr_train.rewards.unified_reward import UnifiedReward, UnifiedRewardEdit, read_acs, read_pair
-from clvr_train.services.chat import ChatClient, ChatOptions
+from clvr_train.services.chat import ChatClient
+from clvr_train.services.options import ChatOptions
 from clvr_train.services.replies import quoted
 from tests.services.server import ScriptedServer, completion, http, says, sends
 
