@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from clvr_train.runtime.files import write_atomic
 from recipes._bench import table
+from recipes._bench_checkpoint import bench_checkpoint
 from recipes._bench_data import bench_data
 from recipes._bench_sft import bench_klein, bench_sft
 from recipes._bench_vlm import bench_vlm
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> None:
         "sft": lambda: bench_sft(cfg),
         "sft_klein": lambda: bench_klein(cfg),
         "vlm": lambda: bench_vlm(cfg, device),
+        "checkpoint": lambda: bench_checkpoint(cfg.checkpoint, device, run),
     }
     if cfg.bench not in benches:
         raise ValueError(f"bench={cfg.bench!r} is not one of {', '.join(benches)}")

@@ -41,6 +41,15 @@ def test_the_data_benchmark_writes_its_report(tmp_path, monkeypatch, caplog):
     assert "| loader over bare Pillow per core, 0 workers |" in caplog.text
 
 
+def test_the_benchmark_of_saves_leaves_its_report_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["bench=checkpoint", "run=bench", "checkpoint.mib=1", "checkpoint.tensors=4", "checkpoint.pairs=2"])
+    rows = json.loads((tmp_path / "runs/bench/benchmark.json").read_text())["rows"]
+    assert [row["at_most"] for row in rows] == [None, None, 0.2, 0.2] and all(row["value"] > 0 for row in rows)
+    left = sorted(path.name for path in (tmp_path / "runs/bench").iterdir())
+    assert left == [".lock", "benchmark.json", "config.yaml"]
+
+
 BASE = f"model.folder={Path(__file__).resolve().parents[2] / 'models/shapes/base'}"
 
 
