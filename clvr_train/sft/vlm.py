@@ -216,7 +216,7 @@ def _known_to_transformers(model: torch.nn.Module) -> Iterator[None]:
     """Within the block transformers and TRL know of weights that ZeRO-3 holds in parts: ranks then write replies for as
     many tokens as the longest, and the head is put together where it is used without a call.
     """
-    parts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    parts = any("ds_id" in vars(parameter) for parameter in model.parameters())
     known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}}) if parts else None
     yield
     del known  # it holds as long as it lives

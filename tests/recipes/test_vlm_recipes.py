@@ -14,9 +14,10 @@ from clvr_train.data.sharegpt import write_trajectories
 from clvr_train.models.qwen_vl import load_vlm
 from clvr_train.runtime.metrics import read_metrics
 from clvr_train.shapes.controller import make_trajectories
+from recipes.plan import main as plan
 from recipes.run_closed_loop import main as run_closed_loop
 from recipes.train_vlm import main as train_vlm
-from tests.recipes.conftest import command
+from tests.recipes.conftest import ROOT, command
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,24 @@ def test_sigterm_saves_and_the_next_command_ends_as_if_it_had_not_come(place: Pa
     models = [(place / "runs" / name / "model/model.safetensors").read_bytes() for name in ("asked", "calm")]
     assert models[0] == models[1]
     assert read_metrics(run) == read_metrics(place / "runs/calm")
+
+
+def test_the_papers_settings_are_planned_and_run_on_a_cpu_with_one_override(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(place)
+    plan(["experiment=qwen3vl_8b_sft", "format=json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] and found["trained_parameters"] > 8.7e9
+    settings = {"engine": "zero2", "gpus": 8, "precision": "bf16", "micro_batch": 1, "batch": 64}
+    assert settings.items() <= found["settings"].items()
+    (place / "models").symlink_to(ROOT / "models")
+    train_vlm(["experiment=qwen3vl_8b_sft", "tiny=shapes_controller"])
+    run = place / "runs/qwen3vl_8b_sft/shapes"
+    validated = [row for row in read_metrics(run) if "val_loss" in row]
+    assert [row["step"] for row in validated] == [2, 4]
+    assert validated[-1]["val_parsed"] > 0.7  # the controller that ships speaks the protocol
+    assert load_vlm(run / "model", dtype=None)[0].dtype == torch.bfloat16
 
 
 def test_run_closed_loop_writes_a_row_for_every_goal(
