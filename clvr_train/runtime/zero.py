@@ -51,6 +51,7 @@ class ZeroBackend:
             setting = f"engine.optimizer={optimizer}" if optimizer != "adamw" else "engine.precision=bf16_states"
             raise ValueError(f"{setting}, engine.offload=optimizer: on the host there is AdamW in float32 alone")
         self._deepspeed, self._stage, self._world = _import(name, world), STAGES[name], world
+        self._offload = offload
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if precision != "fp32":
             module.to(torch.bfloat16)
@@ -122,9 +123,12 @@ class ZeroBackend:
             return
         third = self._stage == 3
         flat = self._zero.fp32_partitioned_groups_flat if third else self._zero.single_partition_of_fp32_groups
-        nothing = {"step": step, **{kind: torch.zeros(()) for kind in MOMENTS}}
         for tensor in flat:
-            set_moments(optimizer, tensor, nothing)
+            if self._offload:  # DeepSpeed's own
+                kept = {kind: torch.zeros_like(tensor) for kind in MOMENTS}
+                optimizer.state[tensor] = {"step": int(step), **kept}
+            else:
+                set_moments(optimizer, tensor, {"step": step, **{kind: torch.zeros(()) for kind in MOMENTS}})
         if not third:
             self._zero._lazy_init_hp_params_optimizer_state()  # as after its first step
 

@@ -76,6 +76,14 @@ def test_two_processes_equal_one(ran, name):
         assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("name", ("zero2", "zero3"))
+def test_an_optimizer_on_the_host_goes_on_where_one_process_was(ran, name):
+    one, found, weights, _ = ran
+    if f"{name} offload" not in found:
+        pytest.skip("DeepSpeed's AdamW for CPUs is not compiled: engine.offload=optimizer does it at its first use")
+    assert_close(of_case(weights, f"{name} offload"), one.full_weights())
+
+
 @pytest.mark.parametrize(("name", "precision"), PRECISIONS)
 def test_two_processes_equal_one_in_bfloat16(ran, name, precision):
     """Within what gradients of 8 bits are apart that were added up in another order: the largest seen is 0.0014 with
