@@ -90,9 +90,7 @@ class UnifiedRewardEdit:
         answer = self._client.ask([user_turn(image, self._quality)], lambda text: read_pair(text, QUALITY))
         quality = _score(answer, {name: self._weights[name] for name in QUALITY})
         weights = self._weights
-        return weighted_mean(
-            {"following": (following, weights["following"]), "quality": (quality, weights["quality"])}
-        )
+        return weighted_mean({"following": (following, weights["following"]), "quality": (quality, weights["quality"])})
 
 
 def _score(answer: Answer, weights: Mapping[str, float]) -> Score:
