@@ -96,7 +96,8 @@ def test_full_batches_share_all_sizes_and_no_sample_is_lost(tiny_klein):
 
 def test_train_dit_on_several_sources_with_aspects(run_recipe, world) -> None:
     """As a user starts it: two sources of trajectories, targets of several aspects; and whole micro-batches."""
-    mix = "data.mix=[{folder: runs/data}, {folder: runs/data, direct: true, weight: 2}]"
+    run_recipe(world, "make_shapes", "run=other", "num=6", "seed=1")
+    mix = "data.mix=[{folder: runs/data}, {folder: runs/other, direct: true, weight: 2}]"
     common = ["model.folder=base", *TINY, "train.steps=2", "train.batch=4", "train.micro_batch=2", "train.log_every=1"]
     run_recipe(world, "train_dit", mix, "data.aspects=true", "run=mixed", *common)
     run_recipe(world, "train_dit", "data.folder=runs/data", "train.full_batches=true", "run=full", *common)
@@ -123,5 +124,7 @@ def test_bad_sources_are_one_line(run_recipe, world, overrides: list[str], messa
 
 
 def test_a_batch_may_be_refused_as_a_whole(tiny_klein) -> None:
-    out = backward_flow_matching(Conditioner(tiny_klein(), (96, 96)), [], [])
+    klein = tiny_klein()
+    klein.transformer.requires_grad_(True)
+    out = backward_flow_matching(Conditioner(klein, (96, 96)), [], [])
     assert math.isnan(out.loss) and out.metrics == {}
