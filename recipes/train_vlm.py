@@ -30,7 +30,7 @@ from recipes._recipe import recipe, run_folder
 logger = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "auto")
-MAY_CHANGE = ("train.log_every", "train.save_every", "train.workers", "validation.every", "validation.num")
+MAY_CHANGE = ("train.log_every", "train.save_every", "train.workers", "validation.every", "validation.batch")
 MAY_CHANGE += ("engine.name", "engine.offload", "engine.checkpointing", "engine.timeout_s")
 
 
@@ -120,6 +120,7 @@ def train(cfg: DictConfig, world: World) -> None:
             save_dtype=PRECISIONS[section.save_precision],
             validation=validation,
             validate_every=cfg.validation.every,
+            reply_batch=cfg.validation.batch,
             max_new_tokens=cfg.validation.max_new_tokens,
             wandb=cfg.logger.wandb,
             on_step=lambda step: bar.update(step - bar.n),

@@ -285,6 +285,7 @@ def train_controller(
     save_dtype: torch.dtype = torch.float32,
     validation: Sequence[tuple[Trajectory, Chat]] = (),
     validate_every: int = 500,
+    reply_batch: int = 16,
     max_new_tokens: int = 128,
     wandb: dict | None = None,
     on_step: Callable[[int], None] | None = None,
@@ -297,7 +298,8 @@ def train_controller(
         config: of `sft_config`, with the same `run`.
         make_engine: called with the model once it is where it is trained.
         save_dtype: of the weights in the result.
-        validation: trajectories with their chats, validated every `validate_every` steps and at the end.
+        validation: trajectories with their chats, validated every `validate_every` steps and at the end, with
+            `reply_batch` replies in a forward of at most `max_new_tokens`.
         on_step: called after each step with the number of steps done.
     """
     trainer = ControllerTrainer(model, processor, chats, config)
@@ -310,7 +312,7 @@ def train_controller(
         if engine.world.first:
             metrics = stack.enter_context(Metrics(run, engine.batches if resumed else None, wandb=wandb))
         trainer.take(engine, saver)
-        controller = Controller(model, processor, max_new_tokens=max_new_tokens)
+        controller = Controller(model, processor, max_new_tokens=max_new_tokens, batch=reply_batch)
         check = functools.partial(
             validate, model, controller, validation, trainer.inputs, engine.world
         ) if validation else None  # fmt: skip
