@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 
 from clvr_train.runtime import metrics as module
 from clvr_train.runtime.metrics import Metrics, read_metrics
@@ -68,6 +69,23 @@ def test_wandb_gets_what_the_file_gets(tmp_path: Path, monkeypatch) -> None:
     with Metrics(tmp_path, wandb={"project": "p", "id": "a/b"}) as metrics:
         metrics.log(1, loss=1.0)
     assert calls == [("init", {"project": "p", "id": "a-b"}), ("log", 1, {"loss": 1.0}), ("finish", 0)]
+
+
+def test_wandb_gets_images(tmp_path: Path, monkeypatch) -> None:
+    """A picture that is gone by then is a failure like others: the run goes on."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    for file, shown in (("grid.png", True), ("gone.png", False)):
+        calls: list = []
+        monkeypatch.setattr(wandb, "init", Run(calls).init)
+        with Metrics(tmp_path, wandb={"project": "p"}) as metrics:
+            metrics.image(1, "samples", tmp_path / file)
+            metrics.log(1, loss=1.0)
+        logged = [call[2] for call in calls if call[0] == "log"]
+        images = [values["samples"] for values in logged if "samples" in values]
+        assert [type(image) for image in images] == [wandb.Image] * shown
+        assert len(read_metrics(tmp_path)) == 1
+    with Metrics(tmp_path) as metrics:
+        metrics.image(1, "samples", tmp_path / "grid.png")  # without a mirror there is nothing to do
 
 
 @pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
