@@ -135,6 +135,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward) -> None:
                 groups,
                 steps=cfg.rollout.steps,
                 num_times=cfg.pprl.num_times,
+                time_range=tuple(cfg.pprl.time_range),
                 run_seed=cfg.seed,
                 epoch=epoch,
                 anchor_share=cfg.pprl.anchor_share,

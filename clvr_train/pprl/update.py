@@ -42,16 +42,27 @@ class NFTOptions:
 
 
 def training_items(
-    groups: Sequence[Group], *, steps: int, num_times: int, run_seed: int, epoch: int, anchor_share: float = 0.0
+    groups: Sequence[Group],
+    *,
+    steps: int,
+    num_times: int,
+    run_seed: int,
+    epoch: int,
+    time_range: tuple[float, float] = (0.0, 1.0),
+    anchor_share: float = 0.0,
 ) -> list[Item]:
     """Every rollout that takes part, at `num_times` times of the rollout grid, in an order shuffled by (seed, epoch).
 
-    The times of a rollout are stratified: the grid (1 included, 0 not) is cut into `num_times` equal parts and one time
-    is drawn from each. Rollouts without an advantage and flat groups (all advantages 0) give no items: nothing in them
-    says where to go, and the trust region and the KL term act through the other groups.
+    The times of a rollout are stratified: the part `time_range` of the grid (0 is its first time, noise) is cut into
+    `num_times` equal parts and one time is drawn from each. Rollouts without an advantage and flat groups (all
+    advantages 0) give no items: nothing in them says where to go, and the trust region and the KL term act through the
+    other groups.
     """
-    if not 1 <= num_times <= steps:
-        raise ValueError(f"num_times={num_times}: must lie between 1 and the {steps} steps of a rollout")
+    first, last = (round(share * steps) for share in time_range)
+    if not 0 <= first < last <= steps:
+        raise ValueError(f"time_range={list(time_range)}: no part of the {steps} steps of a rollout")
+    if not 1 <= num_times <= last - first:
+        raise ValueError(f"num_times={num_times}: must lie between 1 and the {last - first} steps in time_range")
     items = []
     for place, group in enumerate(groups):
         grid = inference_times(group.x0.shape[1], steps)[:-1].tolist()
@@ -62,7 +73,7 @@ def training_items(
                 continue
             source = generator("update", run_seed, epoch, place, *group.task.sample.key, k)
             for part in range(num_times):
-                low, high = part * steps // num_times, (part + 1) * steps // num_times
+                low, high = (first + n * (last - first) // num_times for n in (part, part + 1))
                 index = low + int(torch.randint(high - low, (1,), generator=source))
                 noise = torch.randn(x0.shape, generator=source)
                 anchored = bool(torch.rand(1, generator=source) < anchor_share)

@@ -170,6 +170,13 @@ def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
     assert not any(a.noise.equal(b.noise) for a in items for b in other)
     with pytest.raises(ValueError, match="num_times=5"):
         training_items(groups, steps=4, num_times=5, run_seed=0, epoch=0)
+    grid = inference_times(groups[0].x0.shape[1], 4)
+    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.75))
+    assert {item.t for item in items} == set(grid[1:3].tolist())
+    with pytest.raises(ValueError, match="num_times=2: must lie between 1 and the 1 steps in time_range"):
+        training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.5))
+    with pytest.raises(ValueError, match=r"time_range=\[0.5, 0.5\]: no part of the 4 steps"):
+        training_items(groups, steps=4, num_times=1, run_seed=0, epoch=0, time_range=(0.5, 0.5))
 
 
 def test_gradient_of_an_epoch_does_not_depend_on_the_micro_batch(setting):
