@@ -92,7 +92,8 @@ def test_one_rank_is_asked_to_end_and_one_process_goes_on(folder: Path) -> None:
         first = int((place / ".lock").read_text().split()[1])
         os.kill(first, signal.SIGTERM)
         _, errors = process.communicate(timeout=200)
-    assert errors.count("exitcode  : 143") == 2, errors[-3000:]
+    # Of both, the one that ends later may be struck by torchrun's own signal on its way out.
+    assert "exitcode: 143" in errors and errors.count("run the same command again") == 2, errors[-3000:]
     assert not (place / "model").exists()
     run(folder, "asked", 1, "engine=single")
     found, one = weights(folder, "asked"), weights(folder, "one")
