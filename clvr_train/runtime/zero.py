@@ -51,7 +51,7 @@ class ZeroBackend:
             setting = f"engine.optimizer={optimizer}" if optimizer != "adamw" else "engine.precision=bf16_states"
             raise ValueError(f"{setting}, engine.offload=optimizer: on the host there is AdamW in float32 alone")
         self._deepspeed, self._stage, self._world = _import(name, world), STAGES[name], world
-        self._offload = offload
+        self._offload, self._begun = offload, False
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if precision != "fp32":
             module.to(torch.bfloat16)
@@ -67,9 +67,13 @@ class ZeroBackend:
         self.module.set_gradient_accumulation_boundary(last)
 
     def backward(self, loss: Tensor) -> None:
+        self._begun = True
         self.module.backward(loss * self._world.size, scale_wrt_gas=False)  # DeepSpeed takes the mean over the ranks
 
     def step(self, lr: float) -> float:
+        if not self._begun:  # all samples of the batch were refused
+            return 0.0
+        self._begun = False
         for group in self._zero.param_groups:
             group["lr"] = lr
         self.module.step()

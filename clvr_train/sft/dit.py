@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from clvr_train.method.flow import flow_matching_loss, interpolate, sample_times
 from clvr_train.method.trajectory import Sample
@@ -52,7 +53,7 @@ def backward_flow_matching(
     klein = conditioner.klein
     engine = engine or Engine(klein.transformer, lr=0.0, total_steps=1)
     num_samples = sum(engine.world.gather(len(samples)))
-    parts: list[list[float]] = []
+    parts: list[Tensor] = []
     micro_batches = by_bucket(conditioner, samples, micro_batch)
     for indices in engine.turns(micro_batches):
         chosen = [samples[i] for i in indices] if indices else [_blank(conditioner)]
@@ -67,11 +68,12 @@ def backward_flow_matching(
         losses = flow_matching_loss(v, x0, e)
         if indices:
             engine.backward(losses.sum() / num_samples)
-            parts.append(losses.detach().tolist())
+            parts.append(losses.detach())
         else:
             engine.backward(0 * losses.sum())
     counts = [min(len(samples[indices[0]].references), 3) for indices in micro_batches]
-    return _summary(engine.world.gather([counts, parts]), micro_batch, tuple(map(sum, parts)))
+    values = [losses.tolist() for losses in parts]  # not before: each waits for the device
+    return _summary(engine.world.gather([counts, values]), micro_batch, tuple(map(sum, values)))
 
 
 def _summary(ranks: list, micro_batch: int, own: tuple[float, ...]) -> LossOutputs:

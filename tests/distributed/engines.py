@@ -92,6 +92,9 @@ def main(folder: Path) -> None:
                 engine.save(saver, SAVED)
                 values = train(engine, world, STEPS)
             keep(name, engine, values=values)
+            before = {key: tensor.clone() for key, tensor in engine.full_weights().items()}
+            assert not list(engine.turns([])) and engine.step()["grad_norm"] == 0, "a batch that was refused as a whole"
+            assert all(torch.equal(before[key], tensor) for key, tensor in engine.full_weights().items())
             for case, source in ((f"{name} resumed", name), (f"{name} of one", "single")):
                 engine = Engine(net(seed=5), world, name=name, **OPTIONS)
                 with Saver(folder / source) as saver:
