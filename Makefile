@@ -14,7 +14,7 @@ quickstart: $(READY)
 	bash launch/quickstart.sh
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -215,7 +215,7 @@ def test_a_judge_that_talks_nonsense_ends_the_run_with_its_reason(world, run_rec
     ],
 )
 def test_a_reward_that_cannot_be_built_is_named(world, refusal, overrides, message):
-    words = ["run=refused", "data.folder=runs/data", "model.folder=base", *TINY, "pprl.epochs=1", "rollout.groups=1",
+    words = ["run=no_judge", "data.folder=runs/data", "model.folder=base", *TINY, "pprl.epochs=1", "rollout.groups=1",
              "rollout.group_size=2", "rollout.steps=2"]  # fmt: skip
     assert message in refusal(train_pprl.main, *words, *overrides)
-    assert not list(Path(world / "runs" / "refused").glob("model"))
+    assert not list(Path(world / "runs" / "no_judge").glob("model"))

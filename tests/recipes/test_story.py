@@ -81,7 +81,7 @@ def test_proxy_prompts_cover_the_steps(story):
 def test_merge_reports_shifts_cosine_and_sources(story):
     report = json.loads((story / "merge" / "merge.json").read_text())
     assert report["total"]["shift_distill"] == 0  # this distilled model has the base's weights
-    assert report["total"]["shift_align"] > 0 and set(report["sources"]) == {"base", "distilled", "aligned"}
+    assert report["total"]["shift_align"] > 0
     assert "sha256" in (story / "merge" / "model" / "README.md").read_text()
     assert report["sources"].keys() == {"base", "distilled", "aligned", "lora"}
     tried = json.loads((story / "merge" / "sweep.json").read_text())
