@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from clvr_train.data.buckets import Size
 from clvr_train.data.cache import TensorCache
+from clvr_train.inference.closed_loop import Budget
 from clvr_train.models.blocks import blocks_of, compile_blocks, set_checkpointing
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
@@ -94,3 +95,8 @@ def build_engine(
         clip=cfg.clip,
         **options,
     )
+
+
+def build_budget(cfg: DictConfig) -> Budget:
+    """The thinking budget of a config that has its keys."""
+    return Budget(**{name: cfg[name] for name in Budget.__dataclass_fields__})

@@ -18,7 +18,7 @@ from clvr_train.evaluation.runner import Goal, Outcome, outcome, rows, single_st
 from clvr_train.models.sampler import Sampler
 from clvr_train.runtime.files import write_atomic
 from clvr_train.shapes.benchmark import benchmark_goals, grade
-from recipes._build import build_conditioner, build_klein
+from recipes._build import build_budget, build_conditioner, build_klein
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def closed_loop(cfg: DictConfig, sampler: Sampler, goals: list[Goal], run: Path)
             controller,
             sampler.draw,
             [(goal.id, goal.text) for goal in goals],
-            max_rounds=cfg.max_rounds,
+            budget=build_budget(cfg),
             seed=cfg.seed,
             nfe_per_image=sampler.nfe_per_image,
             on_done=bar.update,

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from clvr_train.data.images import open_image
 from clvr_train.data.readers import read_trajectories
-from clvr_train.evaluation.html import write_report
+from clvr_train.evaluation.html import trajectory_gallery, write_report
 from clvr_train.evaluation.runner import table
 from clvr_train.runtime.files import write_atomic
 from clvr_train.runtime.metrics import read_metrics
@@ -49,11 +48,7 @@ def gallery(folder: Path, outcomes: dict[str, dict], limit: int) -> list[dict]:
     for t in trajectories:
         verdict = outcomes.get(t.id)
         note = "" if verdict is None else f"{'passes' if verdict['passed'] else 'fails'}, {len(t.images)} images"
-        rounds = [
-            {"text": s.reasoning, "image": open_image(s.image) if s.image is not None else None, "caption": s.action}
-            for s in t.steps
-        ]
-        result.append({"title": t.goal, "subtitle": note, "rounds": rounds})
+        result.append(trajectory_gallery(t, note))
     return result
 
 

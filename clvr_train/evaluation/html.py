@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from clvr_train.data.images import open_image
+from clvr_train.method.trajectory import Trajectory
 from clvr_train.runtime.files import write_atomic
 
 _STYLE = """
@@ -136,6 +138,15 @@ def _curve(title: str, points: Sequence[tuple[float, float]]) -> str:
     drawing = f'<path stroke-linecap="round" d="M{" L".join(places)}{" h0.1" if len(finite) == 1 else ""}"/>'
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}"'
     return f"<figure>{caption}<svg {box}>{drawing}{labels}</svg></figure>"
+
+
+def trajectory_gallery(trajectory: Trajectory, note: str = "") -> dict[str, Any]:
+    """A trajectory as one of the `galleries` of a report."""
+    rounds = [
+        {"text": s.reasoning, "image": open_image(s.image) if s.image is not None else None, "caption": s.action}
+        for s in trajectory.steps
+    ]
+    return {"title": trajectory.goal, "subtitle": note, "rounds": rounds}
 
 
 def _gallery(gallery: dict[str, Any]) -> str:

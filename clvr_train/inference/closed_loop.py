@@ -1,7 +1,8 @@
 """Closed-loop inference: the controller reasons and looks, the drawing model draws (CLVR 3.3, A.8).
 
 All goals advance together, a round at a time: one batch of replies, then one batch of images. Whatever the controller
-writes, every goal ends: images, verify rounds in a row and attempts at a well-formed turn are all bounded.
+writes, every goal ends: images, verify rounds in a row and attempts at a well-formed turn are all bounded, and the
+user's thinking budget bounds the rest.
 """
 
 import time
@@ -25,18 +26,50 @@ class Replies(Protocol):
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much a goal may take; what ends it by a bound leaves its last image as the result.
+
+    `max_rounds`: images. `max_verify`: verify rounds in a row. `max_seconds`: of wall time since the start; looked at
+    between rounds, and not before the first image. `max_nfe`: network evaluations of the drawing model.
+    `verify_every`: after so many images the next turn counts as a verify, whatever its action: its reasoning stays, and
+    the controller is asked again, which lets it look twice; None: it looks when it wants to.
+
+    Raises:
+        ValueError: for a bound below 1, or seconds below 0.
+    """
+
+    max_rounds: int = 8
+    max_verify: int = 2
+    max_seconds: float | None = None
+    max_nfe: int | None = None
+    verify_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rounds", "max_nfe", "verify_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if self.max_seconds is not None and self.max_seconds < 0:
+            raise ValueError(f"max_seconds={self.max_seconds}: must be at least 0")
+
+
+@dataclass(frozen=True)
 class Result:
     """What became of a goal.
 
     `trajectory` is what training reads too; its last image is the result. It is `None` if nothing was drawn.
-    `stop_reason` is `stop`, `max_rounds`, `max_verify` or `malformed: ...`. `nfe` counts network evaluations of
-    the drawing model, `seconds` the goal's share of the batches it was in.
+    `stop_reason` is `stop`, `malformed: ...` or the name of the bound that was met. `nfe` counts network evaluations of
+    the drawing model, `turn_seconds` for every round the goal's share of the batches it was in.
     """
 
     trajectory: Trajectory | None
     stop_reason: str
     nfe: int
-    seconds: float
+    turn_seconds: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.turn_seconds)
 
 
 @dataclass
@@ -46,7 +79,7 @@ class _Run:
     steps: list[Step] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     stop_reason: str = ""
-    seconds: float = 0.0
+    turn_seconds: list[float] = field(default_factory=list)
 
     def verifies(self) -> int:
         """Verify rounds since the last image."""
@@ -57,7 +90,12 @@ class _Run:
 
     def result(self, nfe_per_image: int) -> Result:
         trajectory = Trajectory(self.id, self.goal, tuple(self.steps)) if self.images else None
-        return Result(trajectory, self.stop_reason, nfe_per_image * len(self.images), self.seconds)
+        return Result(trajectory, self.stop_reason, nfe_per_image * len(self.images), tuple(self.turn_seconds))
+
+    def has_to_verify(self, every: int | None) -> bool:
+        """Whether an image was just drawn of which every so many-th is looked at twice."""
+        drawn = bool(self.steps) and self.steps[-1].draws
+        return every is not None and drawn and len(self.images) % every == 0
 
 
 def run_closed_loop(
@@ -65,8 +103,7 @@ def run_closed_loop(
     draw: Draw,
     goals: Sequence[tuple[str, str]],
     *,
-    max_rounds: int = 8,
-    max_verify: int = 2,
+    budget: Budget | None = None,
     retries: int = 2,
     seed: int = 0,
     nfe_per_image: int = 1,
@@ -80,32 +117,44 @@ def run_closed_loop(
     Args:
         draw: images of samples from seeds, `models.sampler.Sampler.draw`.
         goals: (id, text) pairs.
-        max_rounds: most images of a goal. max_verify: most verify rounds in a row.
         retries: further attempts, sampled, at a turn that breaks the protocol; then the canvas stands as it is.
         on_done: called after each round with the number of goals that ended in it.
 
     Raises:
-        ValueError: if `max_rounds` is below 1 or an id comes twice.
+        ValueError: if an id comes twice, or no image can be drawn within `budget.max_nfe`.
     """
-    if max_rounds < 1:
-        raise ValueError(f"max_rounds={max_rounds}: must be at least 1")
+    budget = budget or Budget()
+    if budget.max_nfe is not None and budget.max_nfe < nfe_per_image:
+        raise ValueError(f"max_nfe={budget.max_nfe}: an image takes {nfe_per_image} network evaluations")
     if len({name for name, _ in goals}) != len(goals):
         raise ValueError("goals: an id comes twice")
     runs = [_Run(name, text) for name, text in goals]
+    began = time.monotonic()
     while active := [run for run in runs if not run.stop_reason]:
         started = time.monotonic()
-        drawing = _turns(controller, active, max_verify, retries, seed)
-        _draw(draw, drawing, max_rounds, seed)
+        drawing = _turns(controller, active, budget, retries, seed)
+        _draw(draw, drawing, seed)
         share = (time.monotonic() - started) / len(active)
         for run in active:
-            run.seconds += share
+            run.turn_seconds.append(share)
+            if run.images and not run.stop_reason:
+                run.stop_reason = _spent(run, budget, nfe_per_image, time.monotonic() - began)
         if on_done is not None:
             on_done(sum(bool(run.stop_reason) for run in active))
     return [run.result(nfe_per_image) for run in runs]
 
 
+def _spent(run: _Run, budget: Budget, nfe_per_image: int, seconds: float) -> str:
+    """The bound that leaves the goal no further round, or nothing."""
+    if len(run.images) == budget.max_rounds:
+        return "max_rounds"
+    if budget.max_nfe is not None and nfe_per_image * (len(run.images) + 1) > budget.max_nfe:
+        return "max_nfe"
+    return "max_seconds" if budget.max_seconds is not None and seconds > budget.max_seconds else ""
+
+
 def _turns(
-    controller: Replies, active: list[_Run], max_verify: int, retries: int, seed: int
+    controller: Replies, active: list[_Run], budget: Budget, retries: int, seed: int
 ) -> list[tuple[_Run, str, str]]:
     """One turn of each run; those that draw come back with their reasoning and action, the others are done here."""
     chats = [chat_messages(run.goal, run.steps) for run in active]
@@ -116,9 +165,11 @@ def _turns(
         except ProtocolError as error:
             run.stop_reason = f"malformed: {error}"
             continue
+        if run.has_to_verify(budget.verify_every):
+            action = "verify"
         if action in DRAWING_ACTIONS:
             drawing.append((run, reasoning, action))
-        elif action == "verify" and run.verifies() == max_verify:
+        elif action == "verify" and run.verifies() == budget.max_verify:
             run.stop_reason = "max_verify"
         else:
             run.steps.append(Step(reasoning, action))
@@ -140,7 +191,7 @@ def _parse(
     return parse_turn(text, len(run.images) + 1)
 
 
-def _draw(draw: Draw, drawing: list[tuple[_Run, str, str]], max_rounds: int, seed: int) -> None:
+def _draw(draw: Draw, drawing: list[tuple[_Run, str, str]], seed: int) -> None:
     samples, seeds = [], []
     for run, reasoning, _ in drawing:
         number = len(run.images) + 1
@@ -151,5 +202,3 @@ def _draw(draw: Draw, drawing: list[tuple[_Run, str, str]], max_rounds: int, see
     for (run, reasoning, action), image in zip(drawing, images, strict=True):
         run.steps.append(Step(reasoning, action, image))
         run.images.append(image)
-        if len(run.images) == max_rounds:
-            run.stop_reason = "max_rounds"

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from clvr_train.inference.closed_loop import Result, run_closed_loop
+from clvr_train.inference.closed_loop import Budget, Result, run_closed_loop
 from clvr_train.method.truncation import truncate
 
 
@@ -70,13 +70,13 @@ def test_the_drawing_model_sees_what_training_showed_it() -> None:
 
 
 def test_never_more_images_than_allowed() -> None:
-    results, _, brush = run({"goal": lambda turn, seed: EDIT if turn else GENERATE}, max_rounds=3)
+    results, _, brush = run({"goal": lambda turn, seed: EDIT if turn else GENERATE}, budget=Budget(max_rounds=3))
     assert results[0].stop_reason == "max_rounds"
     assert len(results[0].trajectory.images) == len(brush.seeds) == 3
 
 
 def test_looking_forever_is_bounded() -> None:
-    results, controller, _ = run({"goal": lambda turn, seed: VERIFY if turn else GENERATE}, max_verify=2)
+    results, controller, _ = run({"goal": lambda turn, seed: VERIFY if turn else GENERATE}, budget=Budget(max_verify=2))
     assert results[0].stop_reason == "max_verify"
     assert [step.action for step in results[0].trajectory.steps] == ["generate", "verify", "verify"]
     assert len(controller.greedy) == 4
@@ -115,7 +115,33 @@ def test_noise_depends_on_the_goal_and_not_on_its_neighbours() -> None:
 
 def test_no_goals_and_bad_arguments() -> None:
     assert run({})[0] == []
-    with pytest.raises(ValueError, match="max_rounds=0"):
-        run({"goal": [STOP]}, max_rounds=0)
+    for bounds in ({"max_rounds": 0}, {"max_nfe": 0}, {"verify_every": 0}, {"max_seconds": -1}):
+        with pytest.raises(ValueError, match="=".join(map(str, *bounds.items()))):
+            Budget(**bounds)
+    with pytest.raises(ValueError, match="max_nfe=3: an image takes 4 network evaluations"):
+        run({"goal": [STOP]}, budget=Budget(max_nfe=3), nfe_per_image=4)
     with pytest.raises(ValueError, match="twice"):
         run_closed_loop(Scripted({}), Brush().draw, [("a", "x"), ("a", "y")])
+
+
+def forever(turn, seed):
+    return EDIT if turn else GENERATE
+
+
+def test_network_evaluations_are_bounded() -> None:
+    results, _, brush = run({"goal": forever}, budget=Budget(max_nfe=11), nfe_per_image=4)
+    assert (results[0].stop_reason, results[0].nfe, len(brush.seeds)) == ("max_nfe", 8, 2)
+
+
+def test_seconds_are_bounded_but_not_before_the_first_image() -> None:
+    results, _, _ = run({"goal": forever}, budget=Budget(max_seconds=0))
+    assert results[0].stop_reason == "max_seconds" and len(results[0].trajectory.images) == 1
+    assert len(results[0].turn_seconds) == 1 and results[0].seconds == sum(results[0].turn_seconds)
+
+
+def test_a_second_look_after_every_other_image() -> None:
+    script = [GENERATE, EDIT, EDIT, STOP, STOP]  # the third turn is read as a look, so that the fourth decides
+    results, _, _ = run({"goal": script}, budget=Budget(verify_every=2))
+    assert [(s.reasoning, s.action) for s in results[0].trajectory.steps] == [
+        ("draw", "generate"), ("change", "edit"), ("change", "verify"), ("done", "stop")]
+    assert results[0].stop_reason == "stop"

@@ -118,7 +118,10 @@ def test_run_closed_loop_writes_a_row_for_every_goal(
                      "cfg=4", "steps=1"])  # fmt: skip
     rows = json.loads((place / "runs/loop/closed_loop.json").read_text())
     assert [row["goal"] for row in rows] == ["a red circle", "two squares", "three circles , none of them red"]
-    assert all(row["stop_reason"] and row["images"] <= 8 for row in rows)
+    assert all(row["stop_reason"] and row["images"] <= 8 and row["turn_seconds"] for row in rows)
+    pages = sorted((place / "runs/loop/pages").iterdir())
+    assert [page.stem for page in pages] == [row["id"] for row in rows]
+    assert "<title>two squares</title>" in pages[1].read_text() and "malformed" in pages[1].read_text()
     assert (place / "runs/loop/trajectories.jsonl").exists()
 
 
@@ -141,6 +144,8 @@ def test_run_closed_loop_writes_a_row_for_every_goal(
     (train_vlm, ["train.step=3"], "did you mean 'train.steps'"),
     (run_closed_loop, ["controller.folder=x"], "there is no goal"),
     (run_closed_loop, ["controller.folder=x", "goals_file=none.txt"], "none.txt"),
+    (run_closed_loop, ["controller.folder=x", "goals_file=long.txt"], "long.txt:2: a goal of 10,000,000 characters"),
+    (run_closed_loop, ["controller.folder=x", "goals=[y]", "max_nfe=0"], "max_nfe=0: must be at least 1"),
     (run_closed_loop, ["controller.folder=x", "goals=[y]"], "x/config.json: no such file"),
 ])
 def test_bad_input_is_one_line(
@@ -151,6 +156,7 @@ def test_bad_input_is_one_line(
     if not broken.exists():
         write_trajectories(broken, make_trajectories(1, 0, "train"))
         next((broken / "images").iterdir()).unlink()
+        (place / "long.txt").write_text("a goal\n" + "x" * 10_000_000)
     first = TRAIN if command is train_vlm else []
     with pytest.raises(SystemExit) as end:
         command([*first, "run=bad", *arguments])
