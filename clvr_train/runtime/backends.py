@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,18 @@ from clvr_train.runtime.distributed import World
 from clvr_train.runtime.optimizers import make_optimizer, moments, set_moments
 
 CHUNK = 1 << 28  # elements whose float32 gradients exist at a time (1 GiB)
+
+
+@contextmanager
+def same_buffers(module: Module) -> Iterator[None]:
+    """Within the block a change of the module's dtype leaves its buffers alone.
+
+    Such are the frequencies of rotary embeddings: of bfloat16, they would turn distant tokens to other angles.
+    """
+    kept = [(part, *buffer) for part in module.modules() for buffer in part.named_buffers(recurse=False)]
+    yield
+    for part, name, buffer in kept:
+        setattr(part, name, buffer.to(getattr(part, name).device))
 
 
 class TorchBackend:
@@ -38,7 +51,8 @@ class TorchBackend:
         if precision == "bf16":
             self._masters = {name: Parameter(p.detach().float()) for name, p in self.parameters.items()}
         if precision != "fp32":
-            module.to(torch.bfloat16)
+            with same_buffers(module):
+                module.to(torch.bfloat16)
         self.module, self._world_size, self._clip = module, world.size, clip
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None

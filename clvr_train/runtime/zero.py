@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from clvr_train.runtime.backends import same_buffers
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.optimizers import MOMENTS, make_optimizer, set_moments
 
@@ -53,14 +54,15 @@ class ZeroBackend:
         self._deepspeed, self._stage, self._world = _import(name, world), STAGES[name], world
         self._offload, self._begun = offload, False
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if precision != "fp32":
-            module.to(torch.bfloat16)
         trained = list(self.parameters.values())
         adam = self._deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(make_optimizer, optimizer)
         config = _config(self._stage, precision, offload, clip)
-        self.module, *_ = self._deepspeed.initialize(
-            model=module, optimizer=adam(trained, **options), config=config, dist_init_required=False
-        )
+        with same_buffers(module):
+            if precision != "fp32":
+                module.to(torch.bfloat16)
+            self.module, *_ = self._deepspeed.initialize(
+                model=module, optimizer=adam(trained, **options), config=config, dist_init_required=False
+            )
         self._zero = self.module.optimizer  # around ours, which sees each rank's share as flat tensors
 
     def expect(self, last: bool) -> None:

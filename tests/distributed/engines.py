@@ -23,12 +23,13 @@ OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 
 
 
 def net(seed: int = 0) -> nn.Module:
-    """Tensors of which most cannot be divided by two, and one layer that is not trained."""
+    """Tensors of which most cannot be divided by two, one layer that is not trained, and a buffer."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 31), nn.Tanh(), nn.Linear(31, 3), nn.Tanh(), nn.Linear(3, 1))
     torch.manual_seed(99)
     for parameter in model[0].requires_grad_(False).parameters():
         nn.init.normal_(parameter)
+    model.register_buffer("third", torch.tensor([1 / 3]), persistent=False)
     return model
 
 
@@ -105,8 +106,9 @@ def main(folder: Path) -> None:
             train(engine, world, SAVED)
             keep(f"{name} stopped", engine, message=stop(engine, world))
         for name, precision in PRECISIONS:
-            engine = Engine(net(), world, name=name, precision=precision, **OPTIONS)
-            keep(f"{name} {precision}", engine, values=train(engine, world, STEPS))
+            model = net()
+            engine = Engine(model, world, name=name, precision=precision, **OPTIONS)
+            keep(f"{name} {precision}", engine, values=train(engine, world, STEPS), third=model.third.item())
         for name in ("zero2", "zero3") if offload_compiled() else ():
             engine = Engine(net(seed=5), world, name=name, offload="optimizer", **OPTIONS)
             with Saver(folder / "single") as saver:

@@ -97,6 +97,7 @@ def test_two_processes_equal_one_in_bfloat16(ran, name, precision):
     assert differences.abs().max() < (0.003 if precision == "bf16" else 0.03) and differences.mean().abs() < 3e-4
     norms = [values["grad_norm"] for values in found[f"{name} {precision}"]["values"]]
     assert norms == pytest.approx([values["grad_norm"] for values in one.values], rel=0.1, nan_ok=True)
+    assert found[f"{name} {precision}"]["third"] == net().third.item(), "a buffer is not cast"
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -4,6 +4,7 @@ nothing.
 
 import pytest
 import torch
+from transformers import Qwen3Config, Qwen3Model
 
 from clvr_train.runtime.checkpoint import CheckpointError, Saver
 from clvr_train.runtime.engine import Engine, lr_factor
@@ -152,6 +153,18 @@ def test_every_precision_and_optimizer_learns_as_float32_does(precision, optimiz
     mean = [sum(norms[-10:]) / 10 for norms in (plain, other)]
     assert mean[0] < 0.5 * plain[0]
     assert abs(mean[1] - mean[0]) < 0.1 * plain[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_states"])
+def test_frequencies_of_rotary_embeddings_stay_float32(precision):
+    """In bfloat16 a position of 8,000 would be turned by up to 16 radians too much or too little."""
+    text = Qwen3Config(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                       num_key_value_heads=1, head_dim=16, vocab_size=9)  # fmt: skip
+    model = Qwen3Model(text)
+    before = model.rotary_emb.inv_freq.clone()
+    Engine(model, lr=0.1, total_steps=1, precision=precision)
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    assert model.rotary_emb.inv_freq.dtype == torch.float32 and torch.equal(model.rotary_emb.inv_freq, before)
 
 
 def test_rounding_at_random_keeps_the_mean():
