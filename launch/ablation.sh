@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last product, is there
   local file=$1
   shift
-  [[ -e $file ]] || python "recipes/$@"
+  [[ -e $file ]] || python "recipes/$1" "${@:2}"
 }
 
 seed() { # every system of one seed
@@ -23,13 +23,13 @@ seed() { # every system of one seed
   once "$runs/pprl/model"   train_pprl.py    experiment=shapes_pprl  run="$run/pprl"   seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model"
   once "$runs/simple/model" train_pprl.py    experiment=shapes_pprl  run="$run/simple" seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model" reward=simple
   once "$runs/merge/model"  merge_weights.py experiment=shapes_merge run="$run/merge"  aligned="$runs/pprl/model"
-  evaluate="evaluate.py experiment=shapes_eval seed=$1"
-  once "$runs/eval/base/evaluation.json"   $evaluate run="$run/eval/base"
-  once "$runs/eval/sft/evaluation.json"    $evaluate run="$run/eval/sft"    model.folder="$runs/sft/model"
-  once "$runs/eval/simple/evaluation.json" $evaluate run="$run/eval/simple" model.folder="$runs/simple/model"
-  once "$runs/eval/pprl/evaluation.json"   $evaluate run="$run/eval/pprl"   model.folder="$runs/pprl/model"
-  once "$runs/eval/merged/evaluation.json" $evaluate run="$run/eval/merged" model.folder="$runs/merge/model" steps=4 cfg=1
-  once "$runs/eval/merged_closed_loop/evaluation.json" $evaluate run="$run/eval/merged_closed_loop" \
+  evaluate=(evaluate.py experiment=shapes_eval seed="$1")
+  once "$runs/eval/base/evaluation.json"   "${evaluate[@]}" run="$run/eval/base"
+  once "$runs/eval/sft/evaluation.json"    "${evaluate[@]}" run="$run/eval/sft"    model.folder="$runs/sft/model"
+  once "$runs/eval/simple/evaluation.json" "${evaluate[@]}" run="$run/eval/simple" model.folder="$runs/simple/model"
+  once "$runs/eval/pprl/evaluation.json"   "${evaluate[@]}" run="$run/eval/pprl"   model.folder="$runs/pprl/model"
+  once "$runs/eval/merged/evaluation.json" "${evaluate[@]}" run="$run/eval/merged" model.folder="$runs/merge/model" steps=4 cfg=1
+  once "$runs/eval/merged_closed_loop/evaluation.json" "${evaluate[@]}" run="$run/eval/merged_closed_loop" \
     model.folder="$runs/merge/model" steps=4 cfg=1 mode=closed_loop controller=$CONTROLLER/model
 }
 

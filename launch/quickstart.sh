@@ -16,7 +16,7 @@ stage() { # stage NAME RECIPE [overrides]: runs it unless it is done, and notes 
     return
   fi
   echo "== $name: python recipes/$*"
-  python "recipes/$@"
+  python "recipes/$1" "${@:2}"
   echo $((SECONDS - start)) >"$RUNS/.done/$name"
 }
 

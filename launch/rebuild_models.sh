@@ -9,7 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last product, is there
   local file=$1
   shift
-  [[ -e $file ]] || python "recipes/$@"
+  [[ -e $file ]] || python "recipes/$1" "${@:2}"
 }
 
 publish() { # publish NAME: runs/rebuild/NAME/model becomes models/shapes/NAME
