@@ -124,6 +124,8 @@ def state_bytes(trained: Iterable[torch.Tensor], frozen_bytes: int, settings: Se
         "gradients": sum(numbers) * settings.dtype.itemsize,
         "optimizer": optimizer_bytes(numbers, settings.precision, settings.optimizer),
     }
+    if settings.stage and settings.precision != "bf16":  # DeepSpeed steps on a copy in any precision
+        parts["optimizer"] += sum(numbers) * settings.dtype.itemsize
     for least, kind in enumerate(("optimizer", "gradients", "weights"), start=1):
         if settings.stage >= least:
             parts[kind] = -(-parts[kind] // settings.gpus)

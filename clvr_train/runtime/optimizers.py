@@ -15,9 +15,18 @@ BLOCK_8BIT = 256  # values that share a scale
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float
+    name: str,
+    parameters: Iterable[Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    dtype: torch.dtype | None = None,
 ) -> Optimizer:
     """AdamW over parameters of one dtype. With bfloat16 weights the moments of `adamw` are bfloat16 too.
+
+    Args:
+        dtype: of the weights that it steps on, if it will be given others than the parameters (ZeRO's float32 ones).
 
     Raises:
         ValueError: no such optimizer, or bitsandbytes is not installed.
@@ -30,7 +39,7 @@ def make_optimizer(
         except ImportError as error:
             raise ValueError(f"engine.optimizer=adamw8bit: bitsandbytes is not installed ({error})") from error
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    if name == "adamw_bf16" or (name == "adamw" and parameters[0].dtype == torch.bfloat16):
+    if name == "adamw_bf16" or (name == "adamw" and (dtype or parameters[0].dtype) == torch.bfloat16):
         return AdamWBf16(parameters, **options)
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options, fused=parameters[0].device.type == "cuda")

@@ -55,7 +55,9 @@ class ZeroBackend:
         self._offload, self._begun = offload, False
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         trained = list(self.parameters.values())
-        adam = self._deepspeed.ops.adam.DeepSpeedCPUAdam if offload else partial(make_optimizer, optimizer)
+        stepped = torch.bfloat16 if precision == "bf16_states" else torch.float32  # on parts that DeepSpeed makes
+        own = partial(make_optimizer, optimizer, dtype=stepped)
+        adam = self._deepspeed.ops.adam.DeepSpeedCPUAdam if offload else own
         config = _config(self._stage, precision, offload, clip)
         with same_buffers(module):
             if precision != "fp32":

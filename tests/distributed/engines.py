@@ -17,6 +17,8 @@ from clvr_train.runtime.engine import Engine
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 PRECISIONS = [(name, precision) for name in ("ddp", "zero2", "zero3") for precision in ("bf16", "bf16_states")]
+HELD = [(name, precision) for name in ("zero1", "zero2", "zero3") for precision in ("fp32", "bf16", "bf16_states")]
+SIDES = (256, 512)  # of a layer whose bytes are counted
 STEPS, SAVED = 6, 3  # updates; the checkpoint
 BAD = 4  # number of the batch with a loss that is not finite, after the checkpoint
 OPTIONS = {"lr": 1e-2, "total_steps": STEPS, "warmup_steps": 2, "weight_decay": 0.1, "clip": 0.5, "ema_decay": 0.6}
@@ -51,6 +53,16 @@ def train(engine: Engine, world: World, until: int) -> list[dict[str, float]]:
             engine.backward(errors.sum() / len(rows) * (0 if part is None else float("nan") if bad else 1))
         values.append(engine.step())
     return values
+
+
+def held_bytes(engine: Engine) -> int:
+    """What this rank keeps between steps under ZeRO: weights, moments, and weights that the optimiser steps on."""
+    zero, third = engine._backend._zero, engine._backend._stage == 3
+    stepped = zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups
+    used = zero.fp16_partitioned_groups_flat if third else zero.bit16_groups_flat
+    kept = [value for state in zero.optimizer.state.values() for value in state.values()]
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in (*stepped, *used, *kept)}
+    return sum(storages.values())
 
 
 def offload_compiled() -> bool:
@@ -109,6 +121,13 @@ def main(folder: Path) -> None:
             model = net()
             engine = Engine(model, world, name=name, precision=precision, **OPTIONS)
             keep(f"{name} {precision}", engine, values=train(engine, world, STEPS), third=model.third.item())
+        for name, precision in HELD:
+            model = nn.Linear(*SIDES, bias=False)
+            engine = Engine(model, world, name=name, precision=precision, **OPTIONS)
+            for _ in engine.turns([0]):
+                engine.backward(engine.module(torch.ones(1, SIDES[0], dtype=dtype(engine))).float().sum())
+            engine.step()
+            found[f"{name} {precision} held"] = held_bytes(engine)
         for name in ("zero2", "zero3") if offload_compiled() else ():
             engine = Engine(net(seed=5), world, name=name, offload="optimizer", **OPTIONS)
             with Saver(folder / "single") as saver:

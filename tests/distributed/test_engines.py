@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clvr_train.models.plan import Settings, state_bytes
 from clvr_train.runtime.checkpoint import Saver
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
-from tests.distributed.engines import ENGINES, OPTIONS, PRECISIONS, SAVED, STEPS, net, train
+from tests.distributed.engines import ENGINES, HELD, OPTIONS, PRECISIONS, SAVED, SIDES, STEPS, net, train
 
 ROOT = Path(__file__).resolve().parents[2]
 # After 6 steps at a rate of 0.01, in which a weight moves by about 0.03: sums over ranks are taken in another order.
@@ -98,6 +99,14 @@ def test_two_processes_equal_one_in_bfloat16(ran, name, precision):
     norms = [values["grad_norm"] for values in found[f"{name} {precision}"]["values"]]
     assert norms == pytest.approx([values["grad_norm"] for values in one.values], rel=0.1, nan_ok=True)
     assert found[f"{name} {precision}"]["third"] == net().third.item(), "a buffer is not cast"
+
+
+@pytest.mark.parametrize(("name", "precision"), HELD)
+def test_a_rank_holds_what_is_planned(ran, name, precision):
+    """Of weights and optimiser, moments of the precision that is asked for."""
+    _, found, _, _ = ran
+    planned = state_bytes([torch.empty(SIDES)], 0, Settings(engine=name, gpus=2, precision=precision))
+    assert found[f"{name} {precision} held"] == pytest.approx(planned["weights"] + planned["optimizer"], abs=8)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -78,8 +78,8 @@ def test_text_is_the_default(capsys, tiny_folder):
 
 
 def test_gpus_share_the_batch(plan, tiny_folder):
-    alone = plan(*dit(tiny_folder, "train.micro_batch=2"))
-    four = plan(*dit(tiny_folder, "train.micro_batch=2", "gpus=4", "engine=zero2"))
+    alone = plan(*dit(tiny_folder, "train.micro_batch=2", "engine.precision=bf16"))
+    four = plan(*dit(tiny_folder, "train.micro_batch=2", "engine.precision=bf16", "gpus=4", "engine=zero2"))
     assert four["flops_per_step"] == alone["flops_per_step"] and four["forwards_per_step"] == 4
     assert four["seconds_per_step"] == pytest.approx(alone["seconds_per_step"] / 4)
     assert four["bytes_per_gpu"]["activations"] == alone["bytes_per_gpu"]["activations"]

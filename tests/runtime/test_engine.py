@@ -157,7 +157,7 @@ def test_every_precision_and_optimizer_learns_as_float32_does(precision, optimiz
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_states"])
 def test_frequencies_of_rotary_embeddings_stay_float32(precision):
-    """In bfloat16 a position of 8,000 would be turned by up to 16 radians too much or too little."""
+    """In bfloat16 a position of 8,000 of Qwen3-VL would be turned by up to 7 radians too much or too little."""
     text = Qwen3Config(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                        num_key_value_heads=1, head_dim=16, vocab_size=9)  # fmt: skip
     model = Qwen3Model(text)
