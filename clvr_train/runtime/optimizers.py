@@ -1,6 +1,6 @@
 """AdamW in three ways of keeping its moments: as torch does, in bfloat16, and in 8 bits."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from clvr_train.runtime.seeding import seed
 OPTIMIZERS = ("adamw", "adamw_bf16", "adamw8bit")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BLOCK_8BIT = 256  # values that share a scale
+CHUNK = 1 << 26  # elements that AdamWBf16 has in float32 at a time, several times over (2 GB)
 
 
 def make_optimizer(
@@ -75,14 +76,22 @@ class AdamWBf16(Optimizer):
         state["step"] += 1
         step, (beta1, beta2) = int(state["step"]), group["betas"]
         source = torch.Generator(parameter.device).manual_seed(seed("adamw_bf16", step, place))
-        gradient = parameter.grad.float()
-        mean = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
-        square = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        weight = parameter.float() * (1 - group["lr"] * group["weight_decay"])
-        weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
-        for kept, value in ((state["exp_avg"], mean), (state["exp_avg_sq"], square), (parameter, weight)):
-            kept.copy_(rounded(value, source) if kept.dtype == torch.bfloat16 else value)
+        kept = parameter, *(state[name] for name in MOMENTS)
+        for weight, mean, square, gradient in zip(*map(_chunks, (*kept, parameter.grad)), strict=True):
+            rate, decay = group["lr"], group["weight_decay"]
+            gradient = gradient.float()
+            new_mean = mean.float().lerp_(gradient, 1 - beta1)
+            new_square = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            scale = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            new_weight = weight.float() * (1 - rate * decay)
+            new_weight.addcdiv_(new_mean, scale, value=-rate / (1 - beta1**step))
+            for old, new in ((mean, new_mean), (square, new_square), (weight, new_weight)):
+                old.copy_(rounded(new, source) if old.dtype == torch.bfloat16 else new)
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of about CHUNK elements: under ZeRO a tensor is this rank's part of the whole model."""
+    return (tensor,) if tensor.numel() <= CHUNK else tensor.split(max(1, CHUNK * len(tensor) // tensor.numel()))
 
 
 def rounded(value: Tensor, source: torch.Generator) -> Tensor:

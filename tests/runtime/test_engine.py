@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
+from clvr_train.runtime import optimizers
 from clvr_train.runtime.checkpoint import CheckpointError, Saver
 from clvr_train.runtime.engine import Engine, lr_factor
 from clvr_train.runtime.optimizers import rounded
@@ -165,6 +166,24 @@ def test_frequencies_of_rotary_embeddings_stay_float32(precision):
     Engine(model, lr=0.1, total_steps=1, precision=precision)
     assert model.embed_tokens.weight.dtype == torch.bfloat16
     assert model.rotary_emb.inv_freq.dtype == torch.float32 and torch.equal(model.rotary_emb.inv_freq, before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_states"])
+def test_moments_of_bfloat16_are_updated_in_parts(monkeypatch, precision):
+    """A part of a model that a rank holds under ZeRO would take ten times its bytes at once."""
+
+    def trained():
+        engine = Engine(net(), lr=1e-2, total_steps=9, precision=precision, optimizer="adamw_bf16")
+        train(engine, 3)
+        return torch.cat([weight.flatten().float() for weight in engine.full_weights().values()])
+
+    sizes, whole = [], trained()
+    monkeypatch.setattr(optimizers, "CHUNK", 100)
+    monkeypatch.setattr(
+        optimizers, "rounded", lambda value, source: sizes.append(value.numel()) or rounded(value, source)
+    )
+    assert torch.allclose(trained(), whole, atol=1e-3 if precision == "fp32" else 0.02)
+    assert max(sizes) == 100 and sum(sizes) == 3 * (80 * 4 + 80 + 80 + 1) * (2 if precision == "fp32" else 3)
 
 
 def test_rounding_at_random_keeps_the_mean():
