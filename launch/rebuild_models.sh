@@ -32,8 +32,8 @@ once runs/rebuild/distilled/model  distill.py            experiment=shapes_disti
 # The controller: SFT from random weights, then on trajectories in which more goes wrong and is repaired.
 once runs/rebuild/vlm_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_data num=6000
 once runs/rebuild/controller_base/model       train_vlm.py   experiment=shapes_vlm_base controller.device="$DEVICE"
-once runs/rebuild/vlm_repair_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_repair_data num=6000 seed=1 \
-  habits.draw_slip=0.4 habits.edit_slip=0.2
+once runs/rebuild/vlm_repair_data/trajectories.jsonl make_shapes.py run=rebuild/vlm_repair_data num=12000 seed=1 \
+  habits.draw_slip=0.4 habits.edit_slip=0.2 habits.smudge=0.15
 once runs/rebuild/controller/model            train_vlm.py   experiment=shapes_vlm_repair controller.device="$DEVICE"
 
 for name in base distilled controller; do publish "$name"; done
