@@ -130,8 +130,12 @@ def state_bytes(trained: Iterable[torch.Tensor], frozen_bytes: int, settings: Se
         if settings.stage >= least:
             parts[kind] = -(-parts[kind] // settings.gpus)
     parts["weights"] += frozen_bytes
-    parts["host"] = parts["optimizer"] if settings.offload == "optimizer" else 0
-    parts["optimizer"] -= parts["host"]
+    parts["host"] = 0
+    if settings.offload == "optimizer":
+        # Float32 gradients too; weights on their way back (ZeRO-1, ZeRO-2), and sums of gradients (ZeRO-2).
+        more = 4 + (0, 1, 2, 0)[settings.stage] * settings.dtype.itemsize
+        parts["host"] = parts["optimizer"] + -(-more * sum(numbers) // settings.gpus)
+        parts["optimizer"] = 0
     parts["optimizer"] += -(-4 * sum(numbers) // settings.gpus) if settings.ema else 0
     return parts
 

@@ -209,11 +209,18 @@ def test_shards_together_are_the_whole_and_what_is_frozen_is_not_split(trained):
             assert part[kind] - frozen == math.ceil((whole[kind] - frozen) / shards), (engine, kind)
 
 
-def test_offload_moves_the_optimizer_to_the_host(trained):
+@pytest.mark.parametrize(("engine", "more"), [("zero1", 4 + 4), ("zero2", 4 + 8), ("zero3", 4)])
+def test_offload_moves_the_optimizer_to_the_host(trained, engine, more):
+    """With what DeepSpeed's step needs there."""
     parameters = list(trained.transformer.parameters())
-    at_home = state_bytes(parameters, 0, Settings(engine="zero2", gpus=2))
-    away = state_bytes(parameters, 0, Settings(engine="zero2", gpus=2, offload="optimizer"))
-    assert away == at_home | {"optimizer": 0, "host": at_home["optimizer"]}
+    at_home = state_bytes(parameters, 0, Settings(engine=engine, gpus=2))
+    away = state_bytes(parameters, 0, Settings(engine=engine, gpus=2, offload="optimizer"))
+    extra = math.ceil(more * sum(p.numel() for p in parameters) / 2)
+    assert away == at_home | {"optimizer": 0, "host": at_home["optimizer"] + extra}
+    layer = [torch.empty(512, 512)]
+    host = state_bytes(layer, 0, Settings(engine=engine, precision="bf16", offload="optimizer"))["host"]
+    counted = {"zero1": 18, "zero2": 20, "zero3": 16}  # bytes a parameter of DeepSpeed 0.19.8
+    assert host == counted[engine] * 512**2 + 4
 
 
 def test_8_bit_moments_have_a_scale_for_256_values_and_small_tensors_stay_whole():
