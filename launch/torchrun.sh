@@ -5,7 +5,8 @@
 #   PROCESSES=2 bash launch/torchrun.sh train_dit experiment=shapes_sft engine=ddp
 #   DRY_RUN=1 bash launch/torchrun.sh train_vlm experiment=qwen3vl_8b_sft       # only says what it would run
 #
-# CUDA_VISIBLE_DEVICES chooses among the GPUs. To resume, run the same command again.
+# CUDA_VISIBLE_DEVICES chooses among the GPUs; SAVING_S is how many seconds the processes have to save after SIGTERM. To
+# resume, run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ ! -d .venv/bin ]] || export PATH="$PWD/.venv/bin:$PATH"
@@ -27,7 +28,7 @@ gpus() { # their number
 found=$(gpus)
 PROCESSES=${PROCESSES:-$((found > 0 ? found : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((found > 0 ? 8 : 1))} TOKENIZERS_PARALLELISM=false
-command=(torchrun --standalone --nproc_per_node "$PROCESSES" "recipes/$recipe.py" "$@")
+command=(torchrun --standalone --nproc_per_node "$PROCESSES" --shutdown-timeout "${SAVING_S:-280}" "recipes/$recipe.py" "$@")
 printf '%q ' "${command[@]}"
 echo
 [[ -n ${DRY_RUN:-} ]] || exec "${command[@]}"

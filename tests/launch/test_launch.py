@@ -45,7 +45,7 @@ def test_torchrun_takes_the_gpus_that_are_there(tmp_path):
     path = program(tmp_path / "bin", "nvidia-smi", "printf 'GPU 0\\nGPU 1\\nGPU 2\\n'")
     found = words_of(run("torchrun.sh", "train_dit", "experiment=klein_4b_sft", DRY_RUN="1", PATH=path))
     assert found[:4] == ["torchrun", "--standalone", "--nproc_per_node", "3"]
-    assert found[4:] == ["recipes/train_dit.py", "experiment=klein_4b_sft"]
+    assert found[4:] == ["--shutdown-timeout", "280", "recipes/train_dit.py", "experiment=klein_4b_sft"]
     chosen = words_of(run("torchrun.sh", "train_dit", DRY_RUN="1", PATH=path, CUDA_VISIBLE_DEVICES="0,2"))
     assert chosen[3] == "2"
     assert words_of(run("torchrun.sh", "train_dit", DRY_RUN="1", PROCESSES="5"))[3] == "5"
@@ -58,8 +58,9 @@ def test_slurm_meets_at_the_first_node(tmp_path):
     job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     job |= {"SLURM_JOB_ID": "31", "SLURM_SUBMIT_DIR": str(ROOT)}
     found = words_of(run("slurm.sbatch", "train_dit", "run=x", DRY_RUN="1", PATH=path, **job))
-    assert found == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "--rdzv_backend", "c10d", "--rdzv_id", "31",
-                     "--rdzv_endpoint", "node7:29500", "recipes/train_dit.py", "run=x"]  # fmt: skip
+    assert found == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "--shutdown-timeout", "280",
+                     "--rdzv_backend", "c10d", "--rdzv_id", "31", "--rdzv_endpoint", "node7:29500",
+                     "recipes/train_dit.py", "run=x"]  # fmt: skip
 
 
 def test_slurm_queues_a_job_again_that_was_asked_to_end(tmp_path):
