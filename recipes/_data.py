@@ -25,6 +25,7 @@ from clvr_train.data.refusals import Refusals
 from clvr_train.method.trajectory import Sample, Trajectory
 from clvr_train.method.truncation import truncate
 from clvr_train.models.conditioning import Conditioner
+from clvr_train.runtime.distributed import World
 from clvr_train.shapes.base import captions
 from clvr_train.shapes.render import render
 
@@ -165,18 +166,26 @@ def _read_source(data: DictConfig, refusals: Refusals) -> Samples:
     return truncated(trajectories, data.folder) + (direct_samples(trajectories) if data.direct else [])
 
 
-def encode_ahead(sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner) -> None:
-    """Encodes the samples that are held in lists; of corpora, states what a cache will hold.
+def encode_ahead(sources: Sequence[tuple[Samples, Fraction]], conditioner: Conditioner, world: World) -> None:
+    """Encodes the samples that are held in lists, of what goes into a cache each rank its part; of corpora, states what
+    a cache will hold.
 
     Raises:
         ImageError: an image was changed since it was read.
     """
+
+    def share(work: list) -> list:
+        world.gather(None)  # all have listed what is missing, and none has written
+        return world.share(work)
+
     for samples, _ in sources:
         if not isinstance(samples, list):
             conditioner.announce(len(samples))
             continue
-        for _, _, error in conditioner.prime(samples, partial(tqdm, desc="encode")):
+        progress = partial(tqdm, desc="encode", disable=not world.first)
+        for _, _, error in conditioner.prime(samples, progress, share):
             raise error
+    world.gather(None)  # what one rank has encoded the others read
 
 
 def sample_order(sources: Sequence[tuple[Samples, Fraction]], data: DictConfig, batch: int, seed: int) -> Order | Mix:

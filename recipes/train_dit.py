@@ -61,7 +61,7 @@ def train(cfg: DictConfig, world: World) -> None:
     side_px = round(math.sqrt(math.prod(cfg.model.size_px)))
     sizes = sizes_of_area(side_px, klein.token_px) if cfg.data.aspects else ()
     conditioner = build_conditioner(klein, cfg.model, cfg.cache, sizes)
-    encode_ahead(sources, conditioner)
+    encode_ahead(sources, conditioner, world)
     logger.info(
         "%d samples; %d texts cut to the window of %d tokens (%d tokens lost)",
         sum(len(samples) for samples, _ in sources), conditioner.texts_cut, klein.window, conditioner.tokens_cut,

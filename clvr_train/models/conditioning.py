@@ -126,7 +126,10 @@ class Conditioner:
         return torch.stack([found[text] for text in texts]).to(self.klein.device)
 
     def prime(
-        self, samples: Sequence[Sample], progress: Callable[[list], Iterable] = iter
+        self,
+        samples: Sequence[Sample],
+        progress: Callable[[list], Iterable] = iter,
+        share: Callable[[list], list] = list,
     ) -> list[tuple[int, int, ImageError]]:
         """Encodes the texts and images of samples ahead; see `models.encoding.Encoder.prime`.
 
@@ -135,7 +138,7 @@ class Conditioner:
         """
         texts = ["", *map(self.fitted_text, samples)]
         pictures = [self._pictures(sample) for sample in samples]
-        unreadable = self.encoder.prime(texts, [picture for some in pictures for picture in some], progress)
+        unreadable = self.encoder.prime(texts, [picture for some in pictures for picture in some], progress, share)
         failed = []
         for index, some in enumerate(pictures):
             keys = map(self.encoder.key, some)

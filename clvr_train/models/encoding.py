@@ -133,13 +133,19 @@ class Encoder:
         return View("whole" if size_px == given else "target" if picture.target_px else "reference", size_px)
 
     def prime(
-        self, texts: Iterable[str], pictures: Iterable[Picture], progress: Callable[[list], Iterable] = iter
+        self,
+        texts: Iterable[str],
+        pictures: Iterable[Picture],
+        progress: Callable[[list], Iterable] = iter,
+        share: Callable[[list], list] = list,
     ) -> dict[tuple, ImageError]:
         """Encodes ahead what the cache lacks; of what is not cached, all that memory holds, or nothing if it is less:
         then images are decoded, to see that they can be.
 
         Args:
             progress: wraps the list of what is to do, as tqdm does.
+            share: of what several processes write into one cache, the part of this one. What was missing is listed
+                before it is called.
 
         Returns:
             What is wrong with pictures that cannot be read, by `key`.
@@ -162,9 +168,11 @@ class Encoder:
         if in_memory > self.memory.limit_bytes and not self._image_cache:
             read = self._decode
         unreadable: dict[tuple, ImageError] = {}
-        work = [partial(self._encode_texts, part) for part in _parts(texts, self._group)]
-        work += [partial(self._try, read, part, unreadable) for part in _parts(pictures, self._group)]
-        for encode in progress(work):
+        of_texts = [partial(self._encode_texts, part) for part in _parts(texts, self._group)]
+        of_pictures = [partial(self._try, read, part, unreadable) for part in _parts(pictures, self._group)]
+        of_texts = share(of_texts) if self._text_cache else of_texts
+        of_pictures = share(of_pictures) if self._image_cache else of_pictures
+        for encode in progress(of_texts + of_pictures):
             encode()
         return unreadable
 

@@ -5,7 +5,9 @@ import gc
 import logging
 import multiprocessing
 import shutil
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,28 @@ def test_the_size_is_stated_before_anything_is_written(tiny_klein, tmp_path, cap
     caplog.clear()
     conditioner.prime(samples)
     assert not caplog.messages and (conditioner.text_calls, conditioner.image_calls) == (6, 6)
+
+
+def test_what_goes_into_a_cache_is_shared_out(tiny_klein, tmp_path):
+    """Two that meet at a barrier, as the ranks of a training do, once all have listed what is missing."""
+    samples = [Sample(f"{n}", 2, f"a {n}", ("draw it",), (noise(n),), noise(n + 1)) for n in range(9)]
+    ranks = [Conditioner(tiny_klein(), SIZE, cache=TensorCache(tmp_path), cache_texts=True) for _ in range(2)]
+    barrier = threading.Barrier(2)
+
+    def prime(rank):
+        def share(work):
+            barrier.wait(60)
+            return work[rank::2]
+
+        ranks[rank].prime(samples, share=share)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(prime, range(2)))
+    calls = [(conditioner.text_calls, conditioner.image_calls) for conditioner in ranks]
+    assert [sum(kind) for kind in zip(*calls, strict=True)] == [10, 10] and all(min(pair) > 0 for pair in calls)
+    third = Conditioner(tiny_klein(), SIZE, cache=TensorCache(tmp_path), cache_texts=True)
+    third.batch(samples)
+    assert (third.text_calls, third.image_calls) == (0, 0)
 
 
 def test_memory_holds_bytes_and_forgets_the_oldest(tiny_klein, caplog):
