@@ -1,6 +1,7 @@
 """A small world on disk, made by the recipes themselves, and a way to run a recipe as a user does."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,17 @@ def run_recipe():
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, run_recipe):
-    """A folder with trajectories, their proxy prompts and the base model that ships as `base`."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "base").symlink_to(ROOT / "models" / "shapes" / "base")
+def made(tmp_path_factory, run_recipe):
+    folder = tmp_path_factory.mktemp("made")
     run_recipe(folder, "make_shapes", "run=data", "num=24")
     run_recipe(folder, "make_proxy_prompts", "data.folder=runs/data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, made):
+    """A folder with trajectories, their proxy prompts and the base model that ships as `base`, for one file of tests."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "base").symlink_to(ROOT / "models" / "shapes" / "base")
+    shutil.copytree(made / "runs", folder / "runs")
     return folder
