@@ -44,7 +44,7 @@ def made(tmp_path_factory, run_recipe):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, made):
-    """A folder with trajectories, their proxy prompts and the base model that ships as `base`, for one file of tests."""
+    """A folder of one file of tests: trajectories, their proxy prompts, and the base model that ships as `base`."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "base").symlink_to(ROOT / "models" / "shapes" / "base")
     shutil.copytree(made / "runs", folder / "runs")
