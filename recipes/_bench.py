@@ -1,6 +1,10 @@
-"""A row of a benchmark: what was measured, and the goal that it has."""
+"""Rows of a benchmark: what was measured, and the goal that it has."""
 
 from dataclasses import asdict, dataclass
+
+import torch
+
+from clvr_train.models.plan import GPUS
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,23 @@ def table(rows: list[Row]) -> str:
         met = {None: "", True: "yes", False: "no"}[row.met]
         lines.append(f"| {row.name} | {row.value:.3g} {row.unit} | {', '.join(bounds)} | {met} |")
     return "\n".join(lines)
+
+
+def gpu_name() -> str:
+    """The name of this GPU in models.plan.GPUS."""
+    name = torch.cuda.get_device_name().lower()
+    known = [gpu for gpu in GPUS if gpu in name]
+    if not known:
+        raise ValueError(f"the GPU {name!r} is not one of {', '.join(GPUS)}, whose peaks are known")
+    return known[0]
+
+
+def on_gpu(flops_per_second: float, mfu: float, planned_bytes: int) -> list[Row]:
+    """Share of this GPU's peak, with the share `mfu` as its goal, and the peak of memory against the plan."""
+    gpu, peak = gpu_name(), torch.cuda.max_memory_allocated()
+    share = flops_per_second / GPUS[gpu].bf16
+    return [
+        Row(f"MFU of {gpu}'s {GPUS[gpu].bf16 / 1e12:.0f} TFLOP/s", share, "", at_least=mfu),
+        Row("peak memory", peak / 1e9, "GB"),
+        Row("peak memory over the plan", peak / planned_bytes, "", at_least=0.93, at_most=1.07),
+    ]

@@ -21,13 +21,12 @@ from clvr_train.method.trajectory import Sample
 from clvr_train.models.blocks import blocks_of, compile_blocks, set_checkpointing
 from clvr_train.models.conditioning import Conditioner, predict_velocity
 from clvr_train.models.klein import Klein, encode_images, encode_text
-from clvr_train.models.plan import GPUS
 from clvr_train.models.tiny import train_tokenizer
 from clvr_train.models.trace import klein_shapes
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._bench import Row
+from recipes._bench import Row, gpu_name, on_gpu
 from recipes._config import check_job
 from recipes._recipe import CONF
 from recipes.plan import make_plan, model_name
@@ -212,8 +211,7 @@ def bench_klein(cfg: DictConfig) -> list[Row]:
     On a CPU there is no peak and no peak memory: those rows are left out.
     """
     cuda = cfg.model.device == "cuda"
-    gpu = gpu_name() if cuda else "h100"
-    plan = plan_of(cfg, gpu)
+    plan = plan_of(cfg, gpu_name() if cuda else "h100")
     steps = Steps(cfg, memory_gb=64.0)
     steps.conditioner.prime(steps.samples)
     steps.start_engine(cfg.engine)
@@ -231,12 +229,7 @@ def bench_klein(cfg: DictConfig) -> list[Row]:
         Row("TFLOP/s of the model", per_second / 1e12, "TFLOP/s"),
     ]
     if cuda:
-        peak, planned = torch.cuda.max_memory_allocated(), plan["bytes_per_gpu"]["total"]
-        rows += [
-            Row(f"MFU of {gpu}'s {GPUS[gpu].bf16 / 1e12:.0f} TFLOP/s", per_second / GPUS[gpu].bf16, "", at_least=0.45),
-            Row("peak memory", peak / 1e9, "GB"),
-            Row("peak memory over the plan", peak / planned, "", at_least=0.93, at_most=1.07),
-        ]
+        rows += on_gpu(per_second, 0.45, plan["bytes_per_gpu"]["total"])
     del steps  # the bare model takes its place
     return rows + _bare_rows(cfg, ours) if cfg.sft.bare else rows
 
@@ -258,13 +251,3 @@ def _bare_rows(cfg: DictConfig, ours: float) -> list[Row]:
         seconds = median(bare.seconds(lambda encode=encode: bare.bare(encode)) for _ in range(cfg.sft.steps))
         rows += [Row(f"seconds of a {name}", seconds, "s"), Row(f"{name} over a step", seconds / ours, "", goal)]
     return rows
-
-
-def gpu_name() -> str:
-    """The name of this GPU in models.plan.GPUS."""
-    name = torch.cuda.get_device_name().lower()
-    known = [gpu for gpu in GPUS if gpu in name]
-    if not known:
-        raise ValueError(f"the GPU {name!r} is not one of {', '.join(GPUS)}, whose peaks are known")
-    return known[0]
-

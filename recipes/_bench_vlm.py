@@ -13,14 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
-from clvr_train.models.plan import GPUS
 from clvr_train.models.qwen_vl import set_checkpointing
 from clvr_train.models.trace import vlm_shapes
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
 from clvr_train.sft.vlm import add_loss_head
-from recipes._bench import Row
-from recipes._bench_sft import gpu_name
+from recipes._bench import Row, gpu_name, on_gpu
 from recipes._config import check_job
 from recipes._recipe import CONF
 from recipes.plan import make_plan
@@ -34,8 +32,7 @@ def bench_vlm(cfg: DictConfig, device: str) -> list[Row]:
     On a CPU there is no peak and no peak memory: those rows are left out.
     """
     cuda = device == "cuda"
-    gpu = gpu_name() if cuda else "h100"
-    plan = plan_of(cfg, gpu)
+    plan = plan_of(cfg, gpu_name() if cuda else "h100")
     step = make_step(cfg, torch.device(device))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -49,12 +46,7 @@ def bench_vlm(cfg: DictConfig, device: str) -> list[Row]:
         Row("TFLOP/s of the model", per_second / 1e12, "TFLOP/s"),
     ]
     if cuda:
-        peak, planned = torch.cuda.max_memory_allocated(), plan["bytes_per_gpu"]["total"]
-        rows += [
-            Row(f"MFU of {gpu}'s {GPUS[gpu].bf16 / 1e12:.0f} TFLOP/s", per_second / GPUS[gpu].bf16, "", at_least=0.40),
-            Row("peak memory", peak / 1e9, "GB"),
-            Row("peak memory over the plan", peak / planned, "", at_least=0.93, at_most=1.07),
-        ]
+        rows += on_gpu(per_second, 0.40, plan["bytes_per_gpu"]["total"])
     return rows
 
 

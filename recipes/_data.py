@@ -183,8 +183,7 @@ def encode_ahead(sources: Sequence[tuple[Samples, Fraction]], conditioner: Condi
             conditioner.announce(len(samples))
             continue
         progress = partial(tqdm, desc="encode", disable=not world.first)
-        for _, _, error in conditioner.prime(samples, progress, share):
-            raise error
+        conditioner.prime(samples, progress, share)
     world.gather(None)  # what one rank has encoded the others read
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from clvr_train.data.buckets import Size, nearest_bucket
 from clvr_train.data.cache import TensorCache
-from clvr_train.data.images import ImageError
 from clvr_train.method.trajectory import Sample
 from clvr_train.method.truncation import fit_trace, trace
 from clvr_train.models.encoding import Encoder, Memory, Picture
@@ -130,20 +129,11 @@ class Conditioner:
         samples: Sequence[Sample],
         progress: Callable[[list], Iterable] = iter,
         share: Callable[[list], list] = list,
-    ) -> list[tuple[int, int, ImageError]]:
-        """Encodes the texts and images of samples ahead; see `models.encoding.Encoder.prime`.
-
-        Returns:
-            (index, k, error) of every sample that cannot be used: its k-th image cannot be read.
-        """
+    ) -> None:
+        """Encodes the texts and images of samples ahead; arguments and errors as `models.encoding.Encoder.prime`."""
         texts = ["", *map(self.fitted_text, samples)]
-        pictures = [self._pictures(sample) for sample in samples]
-        unreadable = self.encoder.prime(texts, [picture for some in pictures for picture in some], progress, share)
-        failed = []
-        for index, some in enumerate(pictures):
-            keys = map(self.encoder.key, some)
-            failed += [(index, k, unreadable[key]) for k, key in enumerate(keys, start=1) if key in unreadable][:1]
-        return failed
+        pictures = [picture for sample in samples for picture in self._pictures(sample)]
+        self.encoder.prime(texts, pictures, progress, share)
 
     def announce(self, num_samples: int) -> None:
         """States what a cache will hold of samples that are encoded when they are drawn, and checks that it fits.

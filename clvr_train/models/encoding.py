@@ -15,7 +15,6 @@ from torch import Tensor
 from clvr_train.data.cache import Description, TensorCache, bytes_on_disk, readable
 from clvr_train.data.images import (
     PREPROCESSING_VERSION,
-    ImageError,
     image_name,
     image_size,
     open_image,
@@ -138,20 +137,16 @@ class Encoder:
         pictures: Iterable[Picture],
         progress: Callable[[list], Iterable] = iter,
         share: Callable[[list], list] = list,
-    ) -> dict[tuple, ImageError]:
-        """Encodes ahead what the cache lacks; of what is not cached, all that memory holds, or nothing if it is less:
-        then images are decoded, to see that they can be.
+    ) -> None:
+        """Encodes ahead what the cache lacks; of what is not cached, all that memory holds, or nothing if it is less.
 
         Args:
             progress: wraps the list of what is to do, as tqdm does.
             share: of what several processes write into one cache, the part of this one. What was missing is listed
                 before it is called.
 
-        Returns:
-            What is wrong with pictures that cannot be read, by `key`.
-
         Raises:
-            OSError: the disk has no room for what is missing; nothing is written then.
+            ImageError: as `pictures`. OSError: the disk has no room for what is missing; nothing is written then.
         """
         texts = [text for text in dict.fromkeys(texts) if not self._keeps_text(text)]
         pictures = sorted(self._not_kept(pictures), key=lambda picture: self.view(picture).size_px)
@@ -164,32 +159,13 @@ class Encoder:
                 readable(in_memory), readable(self.memory.limit_bytes),
             )  # fmt: skip
             texts = texts if self._text_cache else []
-        read = self._encode_pictures
-        if in_memory > self.memory.limit_bytes and not self._image_cache:
-            read = self._decode
-        unreadable: dict[tuple, ImageError] = {}
+            pictures = pictures if self._image_cache else []
         of_texts = [partial(self._encode_texts, part) for part in _parts(texts, self._group)]
-        of_pictures = [partial(self._try, read, part, unreadable) for part in _parts(pictures, self._group)]
+        of_pictures = [partial(self._encode_pictures, part) for part in _parts(pictures, self._group)]
         of_texts = share(of_texts) if self._text_cache else of_texts
         of_pictures = share(of_pictures) if self._image_cache else of_pictures
         for encode in progress(of_texts + of_pictures):
             encode()
-        return unreadable
-
-    def _try(self, read: Callable[[Sequence[Picture]], object], part: Sequence[Picture], failed: dict) -> None:
-        """Reads some pictures; where one of them cannot be read, each by itself."""
-        try:
-            read(part)
-        except ImageError as error:
-            if len(part) == 1:
-                failed[self.key(part[0])] = error
-                return
-            for picture in part:
-                self._try(read, [picture], failed)
-
-    def _decode(self, pictures: Sequence[Picture]) -> None:
-        for picture in pictures:
-            self._pixels(picture)
 
     def check_disk(self, num_texts: int, image_bytes: Sequence[int]) -> None:
         """States what will be written of so many texts, and of images of so many bytes each.
