@@ -4,16 +4,23 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 # One thread a process: small models gain nothing from a second, and tests and seeds run processes side by side.
-test ablation: export OMP_NUM_THREADS ?= 1
-test: export WANDB_MODE ?= disabled
+test test-all ablation: export OMP_NUM_THREADS ?= 1
+test test-all: export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check ablation clean
+.PHONY: quickstart test test-all check ablation clean
 
 quickstart: $(READY)
 	bash launch/quickstart.sh
 
 test: $(READY)
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+# Also what needs minutes of the compiler first: DeepSpeed's AdamW for engine.offload=optimizer.
+test-all: export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+test-all: $(READY)
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c \
+	  "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)"
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 check: $(READY)

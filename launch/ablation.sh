@@ -6,6 +6,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ROOT=ablation
 SEEDS=${SEEDS:-"0 1 2"}
 JOBS=${JOBS:-2}             # seeds side by side, a core each
+EPOCHS=${EPOCHS:-100}       # of PPRL and of simple RL
 DATA=runs/$ROOT/data
 RL_DATA=runs/$ROOT/rl_data
 CONTROLLER=runs/$ROOT/controller
@@ -20,8 +21,9 @@ once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last p
 seed() { # every system of one seed
   local run=$ROOT/seed$1 runs=runs/$ROOT/seed$1
   once "$runs/sft/model"    train_dit.py     experiment=shapes_sft   run="$run/sft"    seed="$1" data.folder=$DATA
-  once "$runs/pprl/model"   train_pprl.py    experiment=shapes_pprl  run="$run/pprl"   seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model"
-  once "$runs/simple/model" train_pprl.py    experiment=shapes_pprl  run="$run/simple" seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model" reward=simple
+  rl=(train_pprl.py experiment=shapes_pprl seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model" pprl.epochs="$EPOCHS")
+  once "$runs/pprl/model"   "${rl[@]}" run="$run/pprl"
+  once "$runs/simple/model" "${rl[@]}" run="$run/simple" reward=simple
   once "$runs/merge/model"  merge_weights.py experiment=shapes_merge run="$run/merge"  aligned="$runs/pprl/model"
   evaluate=(evaluate.py experiment=shapes_eval seed="$1")
   once "$runs/eval/base/evaluation.json"   "${evaluate[@]}" run="$run/eval/base"

@@ -1,11 +1,25 @@
 """Tiny models of the real classes, made once a session."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+# What DeepSpeed compiles belongs to this environment, so that a lock left anywhere else does not stop the tests.
+os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions")
+
+
+def pytest_configure(config):
+    from clvr_train.runtime.zero import compiler_locks
+
+    if not hasattr(config, "workerinput"):  # before the workers start: left by tests that were killed
+        for lock in compiler_locks():
+            lock.unlink()
+
 
 TEXTS = [
     "a red circle left of a blue square",

@@ -10,16 +10,20 @@ import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.utils.cpp_extension import get_default_build_root
 
 from clvr_train.runtime.backends import same_buffers
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.optimizers import MOMENTS, make_optimizer, set_moments
+
+logger = logging.getLogger(__name__)
 
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -152,7 +156,15 @@ def _import(name: str, world: World) -> ModuleType:
     except ImportError as error:
         raise ValueError(f"engine={name}: DeepSpeed is not installed ({error})") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for lock in compiler_locks():
+        logger.warning("%s: DeepSpeed waits for whoever compiles there; if nobody does, remove this file", lock)
     return deepspeed
+
+
+def compiler_locks() -> list[Path]:
+    """Files that DeepSpeed waits for without end before it uses what it compiles; one stays if a compiler is killed."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return sorted(root.rglob("lock"))
 
 
 def _config(stage: int, precision: str, offload: bool, clip: float) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from clvr_train.runtime import optimizers
+from clvr_train.runtime import optimizers, zero
 from clvr_train.runtime.checkpoint import CheckpointError, Saver
+from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine, lr_factor
 from clvr_train.runtime.optimizers import rounded
 
@@ -214,3 +215,14 @@ def test_what_does_not_exist_is_refused(tmp_path):
         saver.wait()
         with pytest.raises(CheckpointError, match="no weights of weight"):
             Engine(torch.nn.Linear(1, 1), lr=0.1, total_steps=1).resume(saver)
+
+
+def test_a_lock_that_deepspeed_would_wait_for_is_named(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("deepspeed")
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    zero._import("zero1", World())
+    assert f"{lock}: DeepSpeed waits" in caplog.text
