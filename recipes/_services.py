@@ -103,7 +103,8 @@ def build_reward(reward: DictConfig, weight_global: float, weight_edit: float, s
         {name: (judges[name].edit_score, weight) for name, weight in of_edits.items()},
     )
     weights = {"weight_global": weight_global, "weight_edit": weight_edit}
-    return Reward(mix, reward.chat.limit if clients else 0, weights, tuple(clients))
+    workers = 2 * reward.chat.limit if clients else 0  # some encode their images while others wait for replies
+    return Reward(mix, workers, weights, tuple(clients))
 
 
 def _weighted(section: str, reward: DictConfig, names: tuple[str, ...]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import anyio
 import httpx
 from PIL.Image import Image
 
@@ -101,6 +102,7 @@ class ChatClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="chat", daemon=True)
         self._thread.start()
+        self._submit(anyio.sleep(0)).result()  # httpx would load it while the first requests wait
         # A slot is a client of one connection: a pool of many is looked through whole at every request.
         self._slots: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
         self._clients = self._make_clients(options.limit + 1)

@@ -214,23 +214,36 @@ SLEEPER = """
 """
 
 
-def test_64_requests_of_100_ms_at_limit_32_take_little_more_than_200_ms():
-    """The claim is 0.35 s. The best of up to ten counts; where other jobs hold the processors, 0.6 s."""
-    bound_s = 0.35 if os.getloadavg()[0] < os.cpu_count() else 0.6
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SLEEPER)], stdout=subprocess.PIPE, text=True)
-    with process:
+# Starts a client and times its first requests, in a process of its own: seconds, and seconds of the processor.
+FIRST = """
+    import sys, time
+    from concurrent.futures import ThreadPoolExecutor
+    from clvr_train.services.chat import ChatClient, user_turn
+    from clvr_train.services.options import ChatOptions
+    with ChatClient(ChatOptions(url=sys.argv[1], model="m", limit=32)) as chat, ThreadPoolExecutor(32) as pool:
+        start, busy = time.monotonic(), time.process_time()
+        answers = list(pool.map(lambda n: chat.ask([user_turn(str(n))], str), range(64)))
+        print(time.monotonic() - start, time.process_time() - busy)
+    assert {answer.value for answer in answers} == {"fine"}
+"""
+
+
+def test_64_requests_of_100_ms_at_limit_32_take_at_most_350_ms():
+    """Two rounds of 100 ms and what the processor does, which is at most 150 ms on any machine, however busy: so 0.35 s
+    where one is free. There the clock is looked at too, and half of the processes have to keep to it.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(SLEEPER)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            url = f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
-            seconds = []
-            while len(seconds) < 10 and min(seconds, default=1.0) > bound_s:
-                with client(url, limit=32) as chat, ThreadPoolExecutor(32) as pool:
-                    start = time.monotonic()
-                    answers = list(pool.map(lambda n, ask=chat.ask: ask([user_turn(str(n))], str), range(64)))
-                    seconds.append(time.monotonic() - start)
-                assert {answer.value for answer in answers} == {"fine"}
+            url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+            first = [sys.executable, "-c", textwrap.dedent(FIRST), url]
+            runs = [subprocess.run(first, capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
         finally:
-            process.terminate()
-    assert min(seconds) <= bound_s, seconds
+            server.terminate()
+    seconds, busy = (sorted(map(float, values)) for values in zip(*runs, strict=True))
+    assert busy[0] <= 0.15, busy
+    if os.getloadavg()[0] < os.cpu_count() - 0.5:
+        assert seconds[2] <= 0.35, seconds
 
 
 def test_the_cache_keeps_what_was_accepted_and_nothing_else(tmp_path):
