@@ -6,7 +6,9 @@ argument (0.42.1, `pipelines/flux2/image_processor.py`).
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import math
 import struct
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from clvr_train.data.records import one_line
-from clvr_train.method.trajectory import ImageLike, StoredImage
+from clvr_train.method.trajectory import ImageLike, Sample, StoredImage
 
 # What is opened, known by its first bytes. Pillow's other formats are films, icons and documents, and to read EPS it
 # would run Ghostscript. Phones write JPEGs with a preview behind the picture, which it calls MPO.
@@ -247,3 +249,12 @@ def to_image(tensor: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1], values beyond it clipped, to an RGB image; the inverse of `to_tensor`."""
     pixels = ((tensor.detach().float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def sample_hash(sample: Sample, *salt: str) -> str:
+    """SHA-256 of what a context holds: goal, reasonings and the pixels of its images, and of what else is given."""
+    digest = hashlib.sha256(json.dumps([*salt, sample.goal, *sample.reasonings]).encode())
+    for reference in sample.references:
+        image = open_image(reference)
+        digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()

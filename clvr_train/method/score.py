@@ -12,13 +12,15 @@ from clvr_train.method.trajectory import Sample
 class Score:
     """A reward in [0, 1], or a missing one with the reason. `parts` holds the dimensions it was made of.
 
-    `weights` names the parts of which the value is the weighted mean (they sum to 1), if it is one.
+    `weights` names the parts of which the value is the weighted mean (they sum to 1), if it is one. `transcript` is
+    what the judge has answered, if in words.
     """
 
     value: float | None
     reason: str = ""
     parts: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    transcript: str = ""
 
     def __post_init__(self) -> None:
         if self.value is not None and not 0.0 <= self.value <= 1.0:
@@ -53,13 +55,14 @@ def weighted_mean(scores: Mapping[str, tuple[Score, float]]) -> Score:
     if missing is not None or len(scores) == 1:
         return missing or next(iter(scores.values()))[0]
     parts, weights = {name: score.value for name, (score, _) in scores.items()}, {}
+    said = [f"{name}: {score.transcript}" for name, (score, _) in scores.items() if score.transcript]
     for name, (score, weight) in scores.items():
         if len(score.parts) > 1:  # a single part is the value again
             parts |= {f"{name}_{part}": value for part, value in score.parts.items()}
         inner = {f"{name}_{part}": share for part, share in score.weights.items()} or {name: 1.0}
         weights |= {part: share * weight / total for part, share in inner.items()}
     value = sum(weight * score.value for score, weight in scores.values()) / total
-    return Score(value, parts=parts, weights=weights)
+    return Score(value, parts=parts, weights=weights, transcript="\n".join(said))
 
 
 @dataclass(frozen=True)

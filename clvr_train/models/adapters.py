@@ -4,7 +4,7 @@ none is the reference (SFT).
 
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def expected_lora_layers(transformer: Flux2Transformer2DModel) -> int:
 
 
 def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int, seed: int) -> None:
-    """Adds the adapters, equal at the start (B = 0: all are the SFT model).
+    """Adds the adapters, in float32 whatever the base has, and equal at the start (B = 0: all are the SFT model).
 
     Raises:
         RuntimeError: if LoRA did not reach every linear layer of every block.
@@ -51,6 +51,7 @@ def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int,
     reached = len(adapter_weights(transformer, POLICY)) // 2
     if reached != expected_lora_layers(transformer):
         raise RuntimeError(f"LoRA reached {reached} layers, expected {expected_lora_layers(transformer)}")
+    in_float32(transformer, ADAPTERS)
     policy = parameters(transformer, POLICY)
     for adapter in (OLD, AVERAGE):
         for slow, fast in zip(parameters(transformer, adapter), policy, strict=True):
@@ -59,6 +60,13 @@ def add_policies(transformer: Flux2Transformer2DModel, *, rank: int, alpha: int,
     for parameter in policy:
         parameter.requires_grad_(True)
     transformer.set_adapter(POLICY)
+
+
+def in_float32(transformer: torch.nn.Module, adapters: Sequence[str]) -> None:
+    """Gives adapters float32 weights: a policy that follows another slowly would stand still in bfloat16."""
+    for adapter in adapters:
+        for parameter in parameters(transformer, adapter):
+            parameter.data = parameter.data.float()
 
 
 def adapter_weights(transformer: torch.nn.Module, adapter: str) -> dict[str, Tensor]:

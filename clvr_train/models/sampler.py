@@ -1,6 +1,6 @@
 """Euler sampling of Klein with classifier-free guidance, for rollouts, closed loops and evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -45,18 +45,21 @@ class Sampler:
     def nfe_per_image(self) -> int:
         return self.steps * (2 if self.cfg > 1 else 1)
 
-    @torch.no_grad()
     def latents(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> Tensor:
         """The tokens `x0` of every sample, (len(samples), N, C), float32, in the order given."""
+        drawn: dict[int, Tensor] = {}
+        for indices, tokens in self.batches(samples, seeds):
+            drawn |= zip(indices, tokens, strict=True)
+        return torch.stack([drawn[i] for i in range(len(samples))])
+
+    def batches(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> Iterator[tuple[list[int], Tensor]]:
+        """The same as they are drawn: the indices of some samples of one bucket, and their tokens (B, N, C)."""
         if len(samples) != len(seeds):
             raise ValueError(f"{len(samples)} samples and {len(seeds)} seeds")
-        result: dict[int, Tensor] = {}
         for indices in by_bucket(self.conditioner, samples, self.batch):
             cond = self.conditioner.batch([samples[i] for i in indices])
             noise = torch.stack([self.noise(seeds[i], cond) for i in indices])
-            for i, x0 in zip(indices, self.denoise(noise, cond), strict=True):
-                result[i] = x0
-        return torch.stack([result[i] for i in range(len(samples))])
+            yield indices, self.denoise(noise, cond)
 
     def noise(self, seed: tuple, cond: Conditioning) -> Tensor:
         """Initial noise (N, C) of one image, a function of its seed alone."""

@@ -67,6 +67,7 @@ class RolloutRecord:
                     "reward": score.value,
                     "missing": score.reason,
                     "parts": score.parts,
+                    "transcript": score.transcript,
                     "advantage": group.advantages[k],
                     "r": group.r[k],
                 }
@@ -79,6 +80,9 @@ class RolloutRecord:
             self._save_grid(epoch, groups)
 
     def _save_grid(self, epoch: int, groups: list[Group]) -> None:
+        groups = [group for group in groups if group.images]  # those that this rank has drawn
+        if not groups:
+            return
         width, height = groups[0].images[0].size
         columns = max(len(group.images) for group in groups)
         grid = Image.new("RGB", (columns * (width + 2), len(groups) * (height + 2)), "white")

@@ -1,7 +1,11 @@
-"""Rollouts of an epoch: groups drawn by the `old` policy, judged, and turned into advantages and r (CLVR 3.2)."""
+"""Rollouts of an epoch: groups drawn by the `old` policy, judged, and turned into advantages and r (CLVR 3.2).
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+On several ranks each draws and judges its share of the groups; scores are gathered, so that every rank has all groups,
+of which only its own hold tokens and images.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 from PIL.Image import Image
@@ -14,74 +18,109 @@ from clvr_train.models.adapters import OLD, use
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.tasks import Task
 from clvr_train.rewards.combine import score_all
+from clvr_train.runtime.distributed import World
 
 MIXES = ("weighted", "normalised")
+NOT_JUDGED = Score(None, "not judged yet")
 RewardFunction = Callable[[Generation, Task], Score]
 
 
 @dataclass
 class Group:
-    """The rollouts of one task: tokens `x0` (G, N, C), images, the seeds of their noise, scores; advantages and r once
-    the epoch is judged.
+    """The rollouts of one task, the `place`-th of its epoch: the seeds of their noise and their scores; advantages and
+    r once the epoch is judged. `x0` (G, N, C) and images are there on the rank that has drawn them. `nfe` counts
+    the network evaluations that they took.
     """
 
+    place: int
     task: Task
-    x0: Tensor
-    images: list[Image]
     seeds: list[tuple]
-    scores: list[Score]
-    advantages: list[float | None]
-    r: list[float | None]
+    x0: Tensor | None = None
+    images: list[Image] | None = None
+    scores: list[Score] = field(default_factory=list)
+    advantages: list[float | None] = field(default_factory=list)
+    r: list[float | None] = field(default_factory=list)
+    nfe: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.seeds)
 
 
-def roll_out(
-    sampler: Sampler,
-    tasks: Sequence[Task],
-    reward: RewardFunction,
-    *,
-    group_size: int,
-    run_seed: int,
-    epoch: int,
-    workers: int = 0,
-) -> list[Group]:
-    """Draws and judges one group a task; the noise of rollout k depends on (run seed, epoch, group, key of the task,
-    k). All rollouts of the epoch are judged side by side, `workers` at a time (0: one after the other).
+def new_groups(tasks: Sequence[Task], *, group_size: int, run_seed: int, epoch: int) -> list[Group]:
+    """The groups of an epoch, of which nothing is drawn yet. The noise of rollout k depends on (run seed, epoch, place,
+    key of the task, k), and so not on the rank that draws it.
     """
-    samples = [task.sample for task in tasks for _ in range(group_size)]
-    seeds = [
-        ("rollout", run_seed, epoch, place, *task.sample.key, k)
+    return [
+        Group(place, task, [("rollout", run_seed, epoch, place, *task.sample.key, k) for k in range(group_size)])
         for place, task in enumerate(tasks)
-        for k in range(group_size)
     ]
+
+
+def roll_out(sampler: Sampler, groups: Sequence[Group], reward: RewardFunction, workers: int = 0) -> None:
+    """Draws and judges the groups. A rollout is judged while the next ones are drawn, `workers` at a time (0: one after
+    the other, in this thread).
+    """
+    places = [(group, k) for group in groups for k in range(group.size)]
+    samples = [group.task.sample for group, _ in places]
+    for group in groups:
+        group.scores = [NOT_JUDGED] * group.size
+        group.images = [None] * group.size
+        group.nfe = sampler.nfe_per_image * group.size
+    x0: dict[int, Tensor] = {}
+
+    def drawn() -> Iterator[tuple[Group, int]]:
+        for indices, tokens in sampler.batches(samples, [group.seeds[k] for group, k in places]):
+            for i, one, image in zip(indices, tokens, sampler.decode(tokens), strict=True):
+                group, k = places[i]
+                x0[i], group.images[k] = one, image
+                yield places[i]
+
     with use(sampler.conditioner.klein.transformer, OLD):
-        x0 = sampler.latents(samples, seeds)
-    images = sampler.decode(x0)
-    groups = []
-    for place, task in enumerate(tasks):
-        part = slice(place * group_size, (place + 1) * group_size)
-        scores = [Score(None, "not judged yet")] * group_size
-        empty: list[float | None] = [None] * group_size
-        groups.append(Group(task, x0[part], images[part], seeds[part], scores, empty, list(empty)))
-    judge_missing(groups, reward, workers)
-    return groups
+        score_all(_scoring(reward), drawn(), workers)
+    first = 0
+    for group in groups:
+        group.x0 = torch.stack([x0[i] for i in range(first, first + group.size)]).cpu()
+        first += group.size
+
+
+def show(sampler: Sampler, groups: Sequence[Group]) -> None:
+    """Gives groups that were drawn before their images."""
+    for group in groups:
+        group.images = group.images or sampler.decode(group.x0.to(sampler.conditioner.klein.device))
 
 
 def judge_missing(groups: Sequence[Group], reward: RewardFunction, workers: int = 0) -> None:
     """Judges all rollouts without a score, `workers` at a time."""
     places = [(group, k) for group in groups for k, score in enumerate(group.scores) if score.missing]
+    score_all(_scoring(reward), places, workers)
+
+
+def _scoring(reward: RewardFunction) -> Callable[[tuple[Group, int]], Score]:
+    """Gives a rollout its score."""
 
     def score(place: tuple[Group, int]) -> Score:
         group, k = place
-        return reward(Generation(group.task.sample, group.images[k], group.seeds[k]), group.task)
+        group.scores[k] = reward(Generation(group.task.sample, group.images[k], group.seeds[k]), group.task)
+        return group.scores[k]
 
-    for (group, k), found in zip(places, score_all(score, places, workers), strict=True):
-        group.scores[k] = found
+    return score
 
 
-def missing_share(groups: Sequence[Group]) -> float:
-    """Share of the rollouts that have no score."""
+def missing_share(groups: Sequence[Group], world: World | None = None) -> float:
+    """Share of the rollouts of all ranks that have no score."""
     scores = [score for group in groups for score in group.scores]
-    return sum(score.missing for score in scores) / len(scores)
+    counts = (world or World()).gather([sum(score.missing for score in scores), len(scores)])
+    return sum(missing for missing, _ in counts) / sum(total for _, total in counts)
+
+
+def gather_scores(groups: Sequence[Group], own: Sequence[Group], world: World) -> None:
+    """Gives every rank the scores of all groups; `own` are those that this rank has judged."""
+    told = world.gather([[group.place, group.nfe, [asdict(score) for score in group.scores]] for group in own])
+    by_place = {place: (nfe, scores) for rank in told for place, nfe, scores in rank}
+    for group in groups:
+        group.nfe, scores = by_place[group.place]
+        group.scores = [Score(**score) for score in scores]
 
 
 def set_advantages(

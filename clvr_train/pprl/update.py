@@ -4,28 +4,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from clvr_train.method.flow import inference_times, interpolate
+from clvr_train.method.flow import interpolate
 from clvr_train.method.nft import kl_loss, nft_loss
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, use
 from clvr_train.models.conditioning import Conditioner, by_bucket, predict_velocity, rows
 from clvr_train.pprl.rollout import Group
+from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.seeding import generator
+
+TERMS = ("loss_policy", "kl", "v_minus_v_old", "anchor")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One term of an epoch's loss: a rollout at one time, with the noise that makes its `x_t`. `anchored`: there the
-    prediction without text is held to that of the reference.
+    """One term of an epoch's loss: a rollout at one time, and the position that seeds the noise that makes its `x_t`.
+    `x0` (N, C) is there on the rank that has drawn it. `anchored`: there the prediction without text is held to that of
+    the reference.
     """
 
     sample: Sample
-    x0: torch.Tensor
+    x0: Tensor | None
     r: float
     t: float
-    noise: torch.Tensor
+    seed: tuple
     anchored: bool = False
+
+    @property
+    def noise(self) -> Tensor:
+        return torch.randn(self.x0.shape, generator=generator("update noise", *self.seed))
 
 
 @dataclass(frozen=True)
@@ -43,47 +52,49 @@ class NFTOptions:
 
 def training_items(
     groups: Sequence[Group],
+    times: Sequence[float],
     *,
-    steps: int,
     num_times: int,
     run_seed: int,
     epoch: int,
     time_range: tuple[float, float] = (0.0, 1.0),
     anchor_share: float = 0.0,
 ) -> list[Item]:
-    """Every rollout that takes part, at `num_times` times of the rollout grid, in an order shuffled by (seed, epoch).
+    """Every rollout that takes part, at `num_times` of the `times` it was drawn in (`method.flow.inference_times`
+    without the last), in an order shuffled by (seed, epoch).
 
-    The times of a rollout are stratified: the part `time_range` of the grid (0 is its first time, noise) is cut into
+    The times of a rollout are stratified: the part `time_range` of them (0 is the first one, noise) is cut into
     `num_times` equal parts and one time is drawn from each. Rollouts without an advantage and flat groups (all
     advantages 0) give no items: nothing in them says where to go, and the trust region and the KL term act through the
     other groups.
     """
+    steps = len(times)
     first, last = (round(share * steps) for share in time_range)
     if not 0 <= first < last <= steps:
         raise ValueError(f"time_range={list(time_range)}: no part of the {steps} steps of a rollout")
     if not 1 <= num_times <= last - first:
         raise ValueError(f"num_times={num_times}: must lie between 1 and the {last - first} steps in time_range")
     items = []
-    for place, group in enumerate(groups):
-        grid = inference_times(group.x0.shape[1], steps)[:-1].tolist()
+    for group in groups:
         if all(advantage is None or abs(advantage) < 1e-6 for advantage in group.advantages):
             continue
-        for k, (x0, r) in enumerate(zip(group.x0, group.r, strict=True)):
+        for k, r in enumerate(group.r):
             if r is None:
                 continue
-            source = generator("update", run_seed, epoch, place, *group.task.sample.key, k)
             for part in range(num_times):
+                seed = (run_seed, epoch, group.place, *group.task.sample.key, k, part)
+                source = generator("update", *seed)
                 low, high = (first + n * (last - first) // num_times for n in (part, part + 1))
-                index = low + int(torch.randint(high - low, (1,), generator=source))
-                noise = torch.randn(x0.shape, generator=source)
+                t = times[low + int(torch.randint(high - low, (1,), generator=source))]
                 anchored = bool(torch.rand(1, generator=source) < anchor_share)
-                items.append(Item(group.task.sample, x0, r, grid[index], noise, anchored))
+                x0 = None if group.x0 is None else group.x0[k]
+                items.append(Item(group.task.sample, x0, r, t, seed, anchored))
     order = torch.randperm(len(items), generator=generator("items", run_seed, epoch))
     return [items[i] for i in order.tolist()]
 
 
 def backward_nft(
-    conditioner: Conditioner, items: Sequence[Item], options: NFTOptions, micro_batch: int
+    conditioner: Conditioner, items: Sequence[Item], options: NFTOptions, micro_batch: int, engine: Engine | None = None
 ) -> dict[str, float]:
     """Adds the gradients of the mean NFT loss over the items; returns its parts and the distances between the policies.
 
@@ -91,44 +102,67 @@ def backward_nft(
     gradient, then one of the policy. No guidance in training predictions. Anchored items cost a forward of the
     policy and of the reference more, without text: guidance at evaluation extrapolates from that branch, which the
     rewards say nothing about.
+
+    Args:
+        items: of all ranks, the same ones on each; a rank goes through those whose tokens it has. One with fewer
+            micro-batches than another draws blanks, which weigh nothing.
+        engine: what adds up the gradients; None: the transformer's own, in one process.
     """
-    transformer, device = conditioner.klein.transformer, conditioner.klein.device
-    sums = {"loss_policy": 0.0, "kl": 0.0, "v_minus_v_old": 0.0, "anchor": 0.0}
-    samples = [item.sample for item in items]
-    for indices in by_bucket(conditioner, samples, micro_batch):
-        chosen = [items[i] for i in indices]
-        cond = conditioner.batch([item.sample for item in chosen])
-        x0 = torch.stack([item.x0 for item in chosen]).to(device)
-        t = torch.tensor([item.t for item in chosen], device=device)
-        r = torch.tensor([item.r for item in chosen], device=device)
-        x_t = interpolate(x0, torch.stack([item.noise for item in chosen]).to(device), t)
-        with torch.no_grad(), use(transformer, OLD):
-            v_old = predict_velocity(transformer, x_t, t, cond).float()
-        v_ref = None
-        if options.beta_kl > 0:
-            with torch.no_grad(), use(transformer, None):
-                v_ref = predict_velocity(transformer, x_t, t, cond).float()
-        v = predict_velocity(transformer, x_t, t, cond).float()
-        losses = nft_loss(
-            v, v_old, x0, x_t, t, r,
-            beta_nft=options.beta_nft, adv_clip_max=options.adv_clip_max, weighting=options.weighting,
-        )  # fmt: skip
-        loss = losses.sum() / len(items)
-        sums["loss_policy"] += losses.detach().sum().item()
-        sums["v_minus_v_old"] += (v.detach() - v_old).square().flatten(1).mean(1).sum().item()
-        if v_ref is not None:
-            kl = kl_loss(v, v_ref)
-            sums["kl"] += kl.detach().sum().item()
-            loss = loss + options.beta_kl * kl.sum() / len(items)
-        held = [k for k, item in enumerate(chosen) if item.anchored and options.anchor > 0]
-        if held:
-            free = conditioner.without_text(rows(cond, held))
-            with torch.no_grad(), use(transformer, None):
-                v_ref = predict_velocity(transformer, x_t[held], t[held], free).float()
-            anchor = kl_loss(predict_velocity(transformer, x_t[held], t[held], free).float(), v_ref)
-            sums["anchor"] += anchor.detach().sum().item()
-            loss = loss + options.anchor * anchor.sum() / len(items)
-        loss.backward()
-    metrics = {name: value / len(items) for name, value in sums.items()}
+    engine = engine or Engine(conditioner.klein.transformer, lr=0.0, total_steps=1)
+    own = [item for item in items if item.x0 is not None]
+    sums = torch.zeros(len(TERMS), device=conditioner.klein.device)
+    for indices in engine.turns(by_bucket(conditioner, [item.sample for item in own], micro_batch)):
+        if indices:
+            loss, terms = _losses(conditioner, engine, [own[i] for i in indices], options)
+            sums += terms
+            engine.backward(loss / len(items))
+        else:
+            engine.backward(0 * _blank(conditioner, engine))
+    told = engine.world.gather(sums.tolist())
+    metrics = {name: sum(rank[i] for rank in told) / len(items) for i, name in enumerate(TERMS)}
     loss = metrics["loss_policy"] + options.beta_kl * metrics["kl"] + options.anchor * metrics["anchor"]
     return metrics | {"loss": loss}
+
+
+def _losses(
+    conditioner: Conditioner, engine: Engine, items: Sequence[Item], options: NFTOptions
+) -> tuple[Tensor, Tensor]:
+    """The loss of items of one bucket, summed over them, and the sums of its terms."""
+    transformer, device = conditioner.klein.transformer, conditioner.klein.device
+    cond = conditioner.batch([item.sample for item in items])
+    x0 = torch.stack([item.x0 for item in items]).to(device)
+    t = torch.tensor([item.t for item in items], device=device)
+    r = torch.tensor([item.r for item in items], device=device)
+    x_t = interpolate(x0, torch.stack([item.noise for item in items]).to(device), t)
+    held = [k for k, item in enumerate(items) if item.anchored and options.anchor > 0]
+    v_ref = v_free = free = None
+    with torch.no_grad():
+        with use(transformer, OLD):
+            v_old = predict_velocity(transformer, x_t, t, cond).float()
+        with use(transformer, None):
+            if options.beta_kl > 0:
+                v_ref = predict_velocity(transformer, x_t, t, cond).float()
+            if held:
+                free = conditioner.without_text(rows(cond, held))
+                v_free = predict_velocity(transformer, x_t[held], t[held], free).float()
+    v = predict_velocity(engine.module, x_t, t, cond).float()
+    policy = nft_loss(
+        v, v_old, x0, x_t, t, r,
+        beta_nft=options.beta_nft, adv_clip_max=options.adv_clip_max, weighting=options.weighting,
+    ).sum()  # fmt: skip
+    none = torch.zeros((), device=device)
+    kl = none if v_ref is None else kl_loss(v, v_ref).sum()
+    # Not through the engine's module: that expects one forward a turn on every rank.
+    anchor = kl_loss(predict_velocity(transformer, x_t[held], t[held], free).float(), v_free).sum() if held else none
+    moved = (v.detach() - v_old).square().flatten(1).mean(1).sum()
+    loss = policy + options.beta_kl * kl + options.anchor * anchor
+    return loss, torch.stack([policy.detach(), kl.detach(), moved, anchor.detach()])
+
+
+def _blank(conditioner: Conditioner, engine: Engine) -> Tensor:
+    """A forward of the policy that keeps this rank in step with the others."""
+    klein = conditioner.klein
+    height, width = klein.grid(conditioner.size_px)
+    cond = conditioner.batch([Sample("blank", 1, "", ())])
+    x_t = torch.zeros(1, height * width, klein.transformer.config.in_channels, device=klein.device)
+    return predict_velocity(engine.module, x_t, torch.ones(1, device=klein.device), cond).sum()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from clvr_train.pprl.rollout import Group, RewardFunction, judge_missing, missing_share
+from clvr_train.runtime.distributed import World
 
 logger = logging.getLogger(__name__)
 MAX_TRIES = 3
@@ -20,19 +21,23 @@ def wait_for_scores(
     ended: Callable[[], bool],
     wait_s: float = 30.0,
     workers: int = 0,
+    world: World | None = None,
 ) -> bool:
     """Returns once no more than a share `max_missing` of the rollouts lack a score; False if the run is to end first.
+    `groups` are those of this rank; all ranks wait together.
 
     Otherwise `save` is called, once. Whenever the judges are healthy again, what is missing is judged again; between
-    two looks at them lie `wait_s` seconds. The rollouts stay in memory. A run that is ended meanwhile draws the same
-    ones again, bit for bit, and what was judged of them comes from the cache of replies, if there is one.
+    two looks at them lie `wait_s` seconds. A run that is ended meanwhile goes on with the same rollouts, from the
+    ledger or drawn again, and what was judged of them comes from there, or from the cache of replies.
 
     Raises:
         ValueError: judges that are healthy have given no better scores `MAX_TRIES` times.
     """
+    world = world or World()
     tries = 0
-    while (share := missing_share(groups)) > max_missing:
-        reason = next(score.reason for group in groups for score in group.scores if score.missing)
+    while (share := missing_share(groups, world)) > max_missing:
+        own = next((score.reason for group in groups for score in group.scores if score.missing), "")
+        reason = next(filter(None, world.gather(own)))
         if tries == 0:
             logger.warning("%.3g of the scores are missing (%s); waiting for the judges", share, reason)
             save()
@@ -43,9 +48,9 @@ def wait_for_scores(
             )
         pause_s = wait_s if tries else 0.0
         while True:
-            if _sleep(pause_s, ended):
+            if any(world.gather(_sleep(pause_s, ended))):
                 return False
-            if healthy():
+            if all(world.gather(healthy())):
                 break
             pause_s = wait_s
         tries += 1

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
-from clvr_train.data.images import open_image
+from clvr_train.data.images import sample_hash
 from clvr_train.method.score import ProxyPrompt, TeacherRefusal
 from clvr_train.method.trajectory import Sample
 from clvr_train.method.truncation import trace
@@ -156,11 +156,7 @@ def context_hash(sample: Sample) -> str:
 
 def answer_key(sample: Sample, teacher: str) -> str:
     """Identifies a context with the pixels of its images, and the teacher that it is given to."""
-    digest = hashlib.sha256(json.dumps([teacher, sample.goal, *sample.reasonings]).encode())
-    for reference in sample.references:
-        image = open_image(reference)
-        digest.update(f"{image.size}".encode() + image.tobytes())
-    return digest.hexdigest()[:32]
+    return sample_hash(sample, teacher)[:32]
 
 
 def read_proxy_prompts(folder: Path, samples: Iterable[Sample]) -> dict[tuple[str, int], ProxyPrompt]:

@@ -1,6 +1,6 @@
 """The reward of a rollout from a proxy prompt and judges (CLVR 3.2)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
@@ -62,8 +62,11 @@ def trajectory_reward(
     return weighted_mean({"global": (score, weight_global), "edit": (edit, weight_edit)})
 
 
-def score_all(score: Callable[[Item], Score], items: Sequence[Item], workers: int) -> list[Score]:
-    """The scores of all items, in order; so many at a time, or one after the other in this thread with `workers` 0."""
+def score_all(score: Callable[[Item], Score], items: Iterable[Item], workers: int) -> list[Score]:
+    """The scores of all items, in order; so many at a time, or one after the other in this thread with `workers` 0.
+
+    An item is judged as soon as it is there: what makes the items goes on meanwhile, in this thread.
+    """
     if not workers:
         return [score(item) for item in items]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")

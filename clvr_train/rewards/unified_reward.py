@@ -9,6 +9,7 @@ first character to its last. Of a judge that believes what is written in an imag
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -95,8 +96,9 @@ class UnifiedRewardEdit:
 
 def _score(answer: Answer, weights: Mapping[str, float]) -> Score:
     if answer.value is None:
-        return Score(None, answer.reason)
-    return weighted_mean({name: (Score(value), weights[name]) for name, value in answer.value.items()})
+        return Score(None, answer.reason, transcript=answer.text)
+    score = weighted_mean({name: (Score(value), weights[name]) for name, value in answer.value.items()})
+    return replace(score, transcript=answer.text)
 
 
 def read_acs(text: str) -> dict[str, float]:

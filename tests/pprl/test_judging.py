@@ -10,7 +10,7 @@ from clvr_train.method.score import ProxyPrompt, Score, weighted_mean
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.sampler import Sampler
-from clvr_train.pprl.rollout import Group, judge_missing, roll_out, rollout_metrics, set_advantages
+from clvr_train.pprl.rollout import Group, judge_missing, new_groups, roll_out, rollout_metrics, set_advantages
 from clvr_train.pprl.tasks import Task
 from clvr_train.pprl.waiting import MAX_TRIES, wait_for_scores
 
@@ -22,7 +22,7 @@ def group(name, scores):
     size = len(scores)
     task = Task(Sample(name, 1, "goal", ("r",)), ProxyPrompt("p"))
     seeds = [("rollout", name, k) for k in range(size)]
-    return Group(task, torch.zeros(size, 4, 3), [RED] * size, seeds, list(scores), [None] * size, [None] * size)
+    return Group(0, task, seeds, torch.zeros(size, 4, 3), [RED] * size, list(scores))
 
 
 def by_seed(generation, task):
@@ -41,8 +41,9 @@ def test_the_way_rollouts_are_judged_makes_no_difference(tiny_klein):
         time.sleep(0.01 * (generation.seed[-1] % 2))
         return Score(generation.seed[-1] / 10)
 
-    options = {"group_size": 3, "run_seed": 0, "epoch": 0}
-    one, many = (roll_out(sampler, tasks, reward, workers=workers, **options) for workers in (0, 6))
+    one, many = (new_groups(tasks, group_size=3, run_seed=0, epoch=0) for _ in range(2))
+    for groups, workers in ((one, 0), (many, 6)):
+        roll_out(sampler, groups, reward, workers)
     assert [g.scores for g in one] == [g.scores for g in many] == [[Score(0.0), Score(0.1), Score(0.2)]] * 2
     assert all(a.x0.equal(b.x0) for a, b in zip(one, many, strict=True))
 

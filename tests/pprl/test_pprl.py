@@ -12,7 +12,7 @@ from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, POLICY, add_policies, parameters, use
 from clvr_train.models.conditioning import Conditioner, predict_velocity
 from clvr_train.models.sampler import Sampler
-from clvr_train.pprl.rollout import roll_out, rollout_metrics, set_advantages
+from clvr_train.pprl.rollout import new_groups, roll_out, rollout_metrics, set_advantages
 from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.runtime.seeding import generator as seeded
@@ -77,6 +77,15 @@ def test_tasks_that_the_judge_cannot_read_are_left_out():
     assert [t.sample.trajectory_id for t in readable] == ["a"]
 
 
+TIMES = inference_times(9, 4)[:-1].tolist()  # of 96 px in 9 tokens
+
+
+def drawn(sampler, tasks, reward, size):
+    groups = new_groups(tasks, group_size=size, run_seed=0, epoch=0)
+    roll_out(sampler, groups, reward)
+    return groups
+
+
 @pytest.fixture
 def setting(tiny_klein):
     klein = tiny_klein()
@@ -98,11 +107,11 @@ def chance(generation, _):
 def test_network_evaluations_are_those_of_the_formula(setting):
     """Rollout: 2 N a picture with guidance. Update: 3 forwards (old, reference, policy) a picture and time."""
     sampler, calls = setting
-    groups = roll_out(sampler, [task("a"), task("b", 2)], chance, group_size=3, run_seed=0, epoch=0)
+    groups = drawn(sampler, [task("a"), task("b", 2)], chance, size=3)
     assert calls["samples"] == 6 * 4 * 2 == sampler.nfe
     assert sampler.conditioner.text_calls == 2  # both groups have the same text here; and the empty one
     set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
-    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0)
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0)
     assert len(items) == 6 * 2
     calls.clear()
     metrics = backward_nft(sampler.conditioner, items, OPTIONS, micro_batch=8)
@@ -117,9 +126,9 @@ def test_the_branch_without_text_is_held_to_the_reference(setting):
     """Two more forwards an anchored item; the term is the mean square distance there, and nothing at the start."""
     sampler, calls = setting
     conditioner, transformer = sampler.conditioner, sampler.conditioner.klein.transformer
-    groups = roll_out(sampler, [task("a"), task("b", 2)], chance, group_size=4, run_seed=0, epoch=0)
+    groups = drawn(sampler, [task("a"), task("b", 2)], chance, size=4)
     set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
-    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, anchor_share=0.5)
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0, anchor_share=0.5)
     anchored = [item for item in items if item.anchored]
     assert 0 < len(anchored) < len(items) == 16
     plain, held = (NFTOptions(0.5, 0.0, 5.0, "adaptive", anchor) for anchor in (0.0, 2.0))
@@ -158,32 +167,32 @@ def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
             return Score(0.5)
         return Score(None, "the judge failed") if k == 0 else Score(0.1 * k)
 
-    groups = roll_out(sampler, [task("flat"), task("a")], reward, group_size=4, run_seed=0, epoch=0)
+    groups = drawn(sampler, [task("flat"), task("a")], reward, size=4)
     set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
     metrics = rollout_metrics(groups)
     assert metrics["flat_groups"] == 0.5 and metrics["missing_scores"] == 1 / 8
-    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0)
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0)
     assert len(items) == 3 * 2 and {item.sample.trajectory_id for item in items} == {"a"}
     grid = inference_times(9, 4).tolist()
     assert Counter(item.t in grid[:2] for item in items) == {True: 3, False: 3}
-    other = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=1)
+    other = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=1)
     assert not any(a.noise.equal(b.noise) for a in items for b in other)
     with pytest.raises(ValueError, match="num_times=5"):
-        training_items(groups, steps=4, num_times=5, run_seed=0, epoch=0)
+        training_items(groups, TIMES, num_times=5, run_seed=0, epoch=0)
     grid = inference_times(groups[0].x0.shape[1], 4)
-    items = training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.75))
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.75))
     assert {item.t for item in items} == set(grid[1:3].tolist())
     with pytest.raises(ValueError, match="num_times=2: must lie between 1 and the 1 steps in time_range"):
-        training_items(groups, steps=4, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.5))
+        training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.5))
     with pytest.raises(ValueError, match=r"time_range=\[0.5, 0.5\]: no part of the 4 steps"):
-        training_items(groups, steps=4, num_times=1, run_seed=0, epoch=0, time_range=(0.5, 0.5))
+        training_items(groups, TIMES, num_times=1, run_seed=0, epoch=0, time_range=(0.5, 0.5))
 
 
 def test_gradient_of_an_epoch_does_not_depend_on_the_micro_batch(setting):
     sampler, _ = setting
-    groups = roll_out(sampler, [task("a"), task("b", 1)], chance, group_size=3, run_seed=0, epoch=0)
+    groups = drawn(sampler, [task("a"), task("b", 1)], chance, size=3)
     set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
-    items = training_items(groups, steps=4, num_times=1, run_seed=0, epoch=0)
+    items = training_items(groups, TIMES, num_times=1, run_seed=0, epoch=0)
     transformer = sampler.conditioner.klein.transformer
     gradients = []
     for micro_batch in (1, 8):

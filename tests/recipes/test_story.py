@@ -38,7 +38,8 @@ def story(tmp_path_factory, tiny_folder, distilled_folder):
             run("train_pprl", "experiment=shapes_pprl", f"run=s/{reward}", f"reward={reward}",
                 "data.folder=runs/s/rl_data",
                 "model.folder=runs/s/sft/model", "pprl.epochs=2", "rollout.groups=2", "rollout.group_size=2",
-                "rollout.steps=2", "pprl.grid_every=1", *TINY)  # fmt: skip
+                "rollout.steps=2", "pprl.grid_every=1", "pprl.t2i_share=0.5", "pprl.num_times=1",
+                "pprl.time_range=[0,1]", *TINY)  # fmt: skip
         run("merge_weights", "experiment=shapes_merge", "run=s/merge", f"base={tiny_folder}",
             f"distilled={distilled_folder}", "aligned=runs/s/sft/model", "lora=runs/s/proxy/lora",
             "alphas=[[1.0,1.0],[0.5,1.0]]", "validation.num=2", "validation.steps=1", *TINY)  # fmt: skip

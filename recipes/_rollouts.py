@@ -1,0 +1,126 @@
+"""What `train_pprl` trains on: the contexts to draw from, and the groups of rollouts of every epoch."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from clvr_train.data.refusals import Refusals
+from clvr_train.method.score import ProxyPrompt
+from clvr_train.method.trajectory import Sample
+from clvr_train.models.adapters import OLD, adapter_weights
+from clvr_train.models.sampler import Sampler
+from clvr_train.pprl.ledger import Ledger, policy_hash, replayed
+from clvr_train.pprl.rollout import NOT_JUDGED, Group, judge_missing, new_groups, roll_out, show
+from clvr_train.pprl.tasks import Task, TaskMix, judgeable
+from clvr_train.proxy.prompts import read_proxy_prompts
+from clvr_train.rewards.combine import Judge, simple_prompt, trajectory_reward
+from clvr_train.runtime.distributed import World
+from recipes._data import direct_samples, read_folder, read_prompts, truncated
+from recipes._services import Reward
+
+logger = logging.getLogger(__name__)
+
+
+def build_tasks(cfg: DictConfig, judge: Judge) -> list[Task]:
+    """The contexts to draw from with the prompts of `reward`; with `reward.screen` those are left out whose prompt the
+    judge cannot read.
+    """
+    tasks = []
+    goals = []  # without a history: each is its own prompt
+    if cfg.data.folder is not None or cfg.data.direct or cfg.data.prompts.folder is None:
+        trajectories = read_folder(cfg.data.folder, Refusals(cfg.data.folder, cfg.data.max_refused))
+        tasks += _trajectory_tasks(cfg, truncated(trajectories, cfg.data.folder))
+        goals += direct_samples(trajectories) if cfg.data.direct else []
+    if cfg.data.prompts.folder is not None:
+        goals += read_prompts(cfg.data.prompts, cfg.data.max_refused)
+    tasks += [Task(sample, ProxyPrompt(sample.goal)) for sample in goals]
+    if not cfg.reward.screen:
+        logger.info("%d steps with a prompt", len(tasks))
+        return tasks
+    readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
+    logger.info("%d steps with a prompt, %d that the judge can read", len(tasks), len(readable))
+    return readable
+
+
+def _trajectory_tasks(cfg: DictConfig, samples: list[Sample]) -> list[Task]:
+    if cfg.reward.prompts == "simple":
+        return [Task(sample, simple_prompt(sample)) for sample in samples]
+    if cfg.reward.prompts == "proxy":
+        prompts = read_proxy_prompts(cfg.data.folder, samples)
+        logger.info("%d of %d steps have a proxy prompt", len(prompts), len(samples))
+        return [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
+    raise ValueError(f"reward.prompts={cfg.reward.prompts!r} is not one of proxy, simple")
+
+
+class Rollouts:
+    """Where the groups of an epoch come from: drawn, or from the ledger of this run or of another (`replay`)."""
+
+    def __init__(self, cfg: DictConfig, run: Path, reward: Reward, sampler: Sampler, world: World) -> None:
+        self.cfg, self.reward, self.sampler, self.world = cfg, reward, sampler, world
+        self._ledger = Ledger(run / "ledger", cfg.ledger.max_gb)
+        self._source = None if cfg.replay is None else Ledger(ledger_folder(cfg.replay), math.inf)
+        tasks = build_tasks(cfg, reward.judge)
+        if self._source is None:
+            self._mix = TaskMix(tasks, t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
+            return
+        self._tasks = {task.sample.key: task for task in tasks}
+        self._epochs = self._source.epochs()
+        if len(self._epochs) < cfg.pprl.epochs:
+            raise ValueError(
+                f"replay={cfg.replay}: its ledger has {len(self._epochs)} epochs, and pprl.epochs={cfg.pprl.epochs}"
+            )
+
+    def of_epoch(self, epoch: int) -> tuple[list[Group], list[Group]]:
+        """All groups of an epoch, and this rank's share of them, which it has drawn and judged."""
+        if self._source is not None:
+            return self._replayed(epoch)
+        rollout = self.cfg.rollout
+        tasks = self._mix.groups(epoch, rollout.groups)
+        groups = new_groups(tasks, group_size=rollout.group_size, run_seed=self.cfg.seed, epoch=epoch)
+        own = self.world.share(groups)
+        left = self._ledger.resume(epoch, own, self._settings())
+        show(self.sampler, [group for group in own if group not in left])
+        roll_out(self.sampler, left, self.reward, self.reward.workers)
+        return groups, own
+
+    def _replayed(self, epoch: int) -> tuple[list[Group], list[Group]]:
+        where = f"{self._source.folder}: epoch {self._epochs[epoch]}"
+        entries = self._source.entries(self._epochs[epoch])
+        groups = [replayed(entry, self._tasks, where) for entry in entries]
+        own = self.world.share(groups)
+        for group, entry in zip(own, self.world.share(entries), strict=True):
+            group.x0 = self._source.tokens(entry)
+            if group.x0 is None:
+                raise ValueError(f"{where}: group {group.place} has no tokens any more")
+            if self.cfg.rejudge:
+                group.scores = [NOT_JUDGED] * group.size
+        show(self.sampler, own)
+        judge_missing(own, self.reward, self.reward.workers)
+        return groups, own
+
+    def keep(self, epoch: int, groups: Sequence[Group]) -> None:
+        """Writes this rank's groups into the ledger as they are now."""
+        self._ledger.write(epoch, groups, self._settings())
+        if self.world.first:
+            self._ledger.prune()
+
+    def _settings(self) -> dict[str, Any]:
+        """What the rollouts of the policy as it is now depend on."""
+        if self._source is not None:
+            return {"replay": str(self._source.folder)}
+        klein, sampler = self.sampler.conditioner.klein, self.sampler
+        size_px = list(sampler.conditioner.size_px)
+        policy = policy_hash(adapter_weights(klein.transformer, OLD))
+        return {"policy": policy, "steps": sampler.steps, "cfg": sampler.cfg, "size_px": size_px, "window": klein.window}
+
+
+def ledger_folder(replay: str) -> Path:
+    """The ledger of a run's folder, or the folder itself if it is one."""
+    for folder in (Path(replay) / "ledger", Path(replay)):
+        if (folder / "objects").is_dir():
+            return folder
+    raise FileNotFoundError(f"replay={replay}: neither a run with a ledger nor a ledger")
