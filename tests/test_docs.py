@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from clvr_train.method.truncation import truncate
 from clvr_train.rewards.combine import simple_prompt
 from clvr_train.shapes.edits import find_edits, read_mentions
 from clvr_train.shapes.language import parse_goal
+from recipes import _document
 from recipes._config import check_command, experiments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,25 +43,98 @@ def code(path: Path) -> Iterator[str]:
             yield from re.findall(r"`([^`\n]+)`", block)
 
 
-def check(words: list[str], recipe: str) -> None:
+def shell(path: Path) -> Iterator[str]:
+    """Every command of the `bash` blocks of a document: continued lines joined, comments left out."""
+    for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield shlex.join(words)
+
+
+# Commands of the documents that no recipe's config and no dry run can check, and why that is enough.
+NOT_RUN = {
+    "make quickstart": "15 minutes; test_every_command_of_a_story_composes holds its commands",
+    "make ablation": "an hour; the same test",
+    "make test": "it is what runs this test",
+    "make test-all": "the same tests, and one more build of DeepSpeed",
+    "make check": "the linter; what it calls are pinned tools",
+}
+
+
+@cache
+def check(recipe: str, *words: str) -> None:
     """Compose every job of a command, and see that it lacks no value."""
-    args = get_args_parser().parse_intermixed_args(words)
+    args = get_args_parser().parse_intermixed_args(list(words))
     jobs = check_command(recipe, CONF, args.overrides, args.multirun)
     missing = {key for job in jobs for key in OmegaConf.missing_keys(job)}
     assert not missing or args.help or args.cfg, f"{recipe} {words} lacks {missing}"
 
 
+def check_shell(command: str) -> None:
+    """Compose, or run dry, what a line of a `bash` block asks for.
+
+    Raises:
+        AssertionError, ConfigError: it is no command that can be checked so, or one that does not work.
+    """
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    recipe = re.search(r"(?:^python|^torchrun .*) recipes/([a-z]\w*)\.py ?(.*)", shlex.join(words))
+    script = re.match(r"(?:bash|sbatch [^ ].*|sbatch) (launch/\w+\.(?:sh|sbatch))", shlex.join(words))
+    if shlex.join(words) in NOT_RUN:
+        targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[0] != "make" or words[1] in targets, f"no such target: {command}"
+    elif recipe:
+        check(recipe[1], *shlex.split(recipe[2]))
+    elif script and ROOT / script[1] in STORIES:
+        pass  # test_every_command_of_a_story_composes
+    elif script:
+        dry = re.sub(r"\bsbatch .*(?=launch/)", "bash ", command)
+        done = subprocess.run(
+            ["bash", "-c", dry], cwd=ROOT, env=os.environ | {"DRY_RUN": "1"}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and done.stdout.strip(), f"DRY_RUN=1 {command}: {done.stderr}"
+        for line in done.stdout.splitlines():
+            if inner := re.search(r"\brecipes/([a-z]\w*)\.py ?(.*)", line):
+                check(inner[1], *shlex.split(inner[2]))
+    else:
+        raise AssertionError(f"{command}: is neither a recipe, a script of launch/ with DRY_RUN nor in NOT_RUN")
+
+
 @by_name
 def test_every_command_composes(path: Path) -> None:
-    targets = set(re.findall(r"^([\w.]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    """In prose and tables too, where a command may be cut short by `...` and is then no command."""
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in shell(path):
+        check_shell(command)
     for line in code(path):
-        recipe = re.search(r"\bpython recipes/(\w+)\.py(.*)", line)
+        recipe = re.search(r"\bpython recipes/([a-z]\w*)\.py(.*)", line)
         if recipe:
-            check(shlex.split(recipe[2], comments=True), recipe[1])
-        make = re.match(r"make ([\w.]+)", line)
+            check(recipe[1], *shlex.split(recipe[2], comments=True))
+        make = re.match(r"make ([\w.-]+)", line)
         assert make is None or make[1] in targets, f"no such target: {line}"
         script = re.match(r"(?:\w+=\S+ )*bash (\S+\.sh)", line)
         assert script is None or (ROOT / script[1]).is_file(), f"no such script: {line}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["python recipes/train_dit.py train.lrr=1", "python recipes/no_such.py", "bash launch/no_such.sh", "make coffee"]
+    + ["bash launch/torchrun.sh train_dit train.lrr=1", "pip install torch", "python tests/test_docs.py"],
+)
+def test_a_command_that_does_not_work_is_found(command: str) -> None:
+    with pytest.raises((AssertionError, ValueError, OSError)):
+        check_shell(command)
+
+
+@by_name
+def test_every_fenced_block_says_what_it_is(path: Path) -> None:
+    """So that no command hides in a block that is not checked."""
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert {kind for kind, _ in blocks} <= {"bash", "json", "python", "text", "mermaid"}
+    for kind, text in blocks:
+        assert kind == "bash" or not re.search(r"^(python|bash|make|torchrun|sbatch|pip|git) ", text, re.MULTILINE)
 
 
 def slug(heading: str) -> str:
@@ -87,19 +161,12 @@ def test_every_path_in_a_code_span_exists(path: Path) -> None:
             assert (ROOT / span).exists(), f"{path.name} speaks of {span}"
 
 
-def test_readme_names_every_recipe_and_every_module() -> None:
+def test_readme_names_every_recipe_and_every_room() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     recipes = {path.stem for path in (ROOT / "recipes").glob("[!_]*.py")}
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == recipes
-    tree = text.split("## The tree")[1]
-    named, room = set(), ""
-    for name in re.findall(r"^ *([\w./]+(?:/|\.\w+))", tree, re.MULTILINE):
-        room = name if name.endswith("/") else room
-        named.add(f"{room}{name}")
-    modules = {f"{p.parent.name}/{p.name}" for p in (ROOT / "clvr_train").rglob("*.py") if p.stem != "__init__"}
-    assert {name for name in modules if name not in named} == set()
-    listed = {name for name in named if name.endswith(".py") and not name.startswith("recipes/")}
-    assert listed - modules == set()
+    rooms = {path.parent.name for path in (ROOT / "clvr_train").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", text.split("## The tree")[1], re.MULTILINE)) == rooms == set(_document.ROOMS)
 
 
 STUB = """#!/usr/bin/env bash
@@ -138,7 +205,7 @@ def test_every_command_of_a_story_composes(run_story, path: Path) -> None:
     commands = run_story(path.name)
     assert len(commands) >= 5
     for words in {tuple(words) for words in commands}:
-        check(list(words[1:]), Path(words[0]).stem)
+        check(Path(words[0]).stem, *words[1:])
 
 
 def test_the_quickstart_skips_what_is_done(run_story) -> None:
@@ -250,3 +317,33 @@ def test_raw_reasoning_is_read_as_the_method_says(reasoning: str, wishes: str | 
 def test_every_experiment_belongs_to_a_recipe() -> None:
     names = {name for path in CONF.glob("*.yaml") for name in experiments(path.stem, CONF)}
     assert names == {path.stem for path in (CONF / "experiment").glob("*.yaml")}
+
+
+@pytest.mark.parametrize(("page", "make"), [("configuration", _document.configuration), ("code", _document.code)])
+def test_pages_made_from_the_sources_are_up_to_date(page: str, make: Callable[[], str]) -> None:
+    there = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert there == make(), f"docs/{page}.md is not that of the sources; run: python recipes/_document.py"
+
+
+def test_the_reference_takes_defaults_and_comments_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "defaults:\n  - model: shapes        # which model\n  - _self_\n"
+        "run: a                   # a name\n"
+        "                         # on two lines\n"
+        "text: 'a # b'            # one | two\n"
+        "inner:                   # of both\n  list: [1, 2]  # some\n  rows:\n    - [a, b]\n    - [c]\n"
+    )
+    assert list(_document.rows(tmp_path / "a.yaml")) == [
+        ("model", "shapes", "[group](#group-model): which model"),
+        ("run", "a", "a name on two lines"),
+        ("text", "'a # b'", "one | two"),
+        ("inner", "", "of both"),
+        ("inner.list", "[1, 2]", "some"),
+        ("inner.rows", "[[a, b], [c]]", ""),
+    ]
+
+
+def test_every_key_says_what_it_means() -> None:
+    lines = (ROOT / "docs/configuration.md").read_text(encoding="utf-8").splitlines()
+    mute = [line for line in lines if line.endswith("|  |")]
+    assert not mute, f"say it in a comment beside the key in conf/, then: python recipes/_document.py ({mute})"
