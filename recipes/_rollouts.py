@@ -63,11 +63,15 @@ class Rollouts:
         self.cfg, self.reward, self.sampler, self.world = cfg, reward, sampler, world
         self._ledger = Ledger(run / "ledger", cfg.ledger.max_gb)
         self._source = None if cfg.replay is None else Ledger(ledger_folder(cfg.replay), math.inf)
+        if cfg.rejudge and self._source is None:
+            raise ValueError("rejudge=true: needs replay=...")
         tasks = build_tasks(cfg, reward.judge)
         if self._source is None:
             self._mix = TaskMix(tasks, t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
             return
-        self._tasks = {task.sample.key: task for task in tasks}
+        self._tasks: dict[tuple[str, int], list[Task]] = {}
+        for task in tasks:
+            self._tasks.setdefault(task.sample.key, []).append(task)
         self._epochs = self._source.epochs()
         if len(self._epochs) < cfg.pprl.epochs:
             raise ValueError(

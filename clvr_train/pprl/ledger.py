@@ -60,7 +60,7 @@ class Ledger:
         for group in groups:
             content = safetensors.torch.save({"x0": group.x0.contiguous()})
             name = hashlib.sha256(content).hexdigest()
-            stored = self.folder / OBJECTS / f"{name}.safetensors"
+            stored = self._stored(name)
             if not stored.exists():
                 _put(stored, content)
             entry = {
@@ -82,6 +82,9 @@ class Ledger:
             }
             _put(folder / f"{group.place:04d}.json", json.dumps(entry, ensure_ascii=False, indent=1).encode())
 
+    def _stored(self, name: str) -> Path:
+        return self.folder / OBJECTS / f"{name}.safetensors"
+
     def entries(self, epoch: int) -> list[dict[str, Any]]:
         """What there is of an epoch, by place; an entry that cannot be read is left out, with a warning."""
         found = []
@@ -99,7 +102,7 @@ class Ledger:
 
     def tokens(self, entry: Mapping[str, Any]) -> Tensor | None:
         """The x0 of an entry; None, with a warning, if it is not there whole."""
-        path = self.folder / OBJECTS / f"{entry['x0']}.safetensors"
+        path = self._stored(entry["x0"])
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["x0"]:
@@ -123,6 +126,7 @@ class Ledger:
                 continue
             fill(group, entry, self.tokens(entry))
             if group.x0 is None:
+                self._stored(entry["x0"]).unlink(missing_ok=True)  # so that it is written again
                 left.append(group)
         return left
 
@@ -140,7 +144,7 @@ class Ledger:
                 break
             shutil.rmtree(self.folder / f"epoch-{epoch:05d}")
             for name in [name for name, last in used.items() if last == epoch and name in sizes]:
-                (self.folder / OBJECTS / f"{name}.safetensors").unlink()
+                self._stored(name).unlink()
                 del sizes[name]
 
 
@@ -150,17 +154,18 @@ def fill(group: Group, entry: Mapping[str, Any], x0: Tensor | None) -> None:
     group.scores = [Score(**score) for score in entry["scores"]]
 
 
-def replayed(entry: Mapping[str, Any], tasks: Mapping[tuple[str, int], Task], where: str) -> Group:
-    """The group of an entry, without its tokens, with the task of this training.
+def replayed(entry: Mapping[str, Any], tasks: Mapping[tuple[str, int], Sequence[Task]], where: str) -> Group:
+    """The group of an entry, without its tokens, with the task of this training that has its context; `tasks` by key.
 
     Raises:
-        ValueError: there is no such task, or its context is another one.
+        ValueError: there is no such task.
     """
     key = (entry["trajectory"], entry["step"])
-    if key not in tasks or sample_hash(tasks[key].sample) != entry["conditions"]:
-        reason = "is not in the data" if key not in tasks else "has another context in the data"
+    task = next((task for task in tasks.get(key, ()) if sample_hash(task.sample) == entry["conditions"]), None)
+    if task is None:
+        reason = "has another context in the data" if key in tasks else "is not in the data"
         raise ValueError(f"{where}: step {key[1]} of trajectory {key[0]!r} {reason}; give the data it was drawn from")
-    group = Group(entry["place"], tasks[key], [tuple(seed) for seed in entry["seeds"]])
+    group = Group(entry["place"], task, [tuple(seed) for seed in entry["seeds"]])
     fill(group, entry, None)
     return group
 

@@ -127,3 +127,42 @@ def test_healthy_judges_that_give_no_scores_end_the_run():
     with pytest.raises(ValueError, match=r"100 % of the scores are missing, .*judges answer: reply: not the three"):
         judges.wait([group("a", [DOWN] * 2)])
     assert (judges.saved, judges.asked) == (1, 2 * MAX_TRIES)
+
+
+class SlowSampler(Sampler):
+    """Takes `seconds` a batch, of the sleeping kind that a GPU is for its process."""
+
+    seconds = 0.2
+
+    def denoise(self, noise, cond):
+        time.sleep(self.seconds)
+        return noise
+
+    def decode(self, x0, grid=None):
+        return [RED] * len(x0)
+
+
+def test_judges_work_while_the_next_rollouts_are_drawn(tiny_klein):
+    """8 groups of 4, a batch each: 8 x 0.2 s of drawing, and the last batch's 0.4 s of judging. One after the other it
+    would be 1.6 + 32 / 8 x 0.4 = 3.2 s.
+    """
+    from clvr_train.models.adapters import add_policies
+
+    klein = tiny_klein()
+    add_policies(klein.transformer, rank=2, alpha=2, seed=0)
+    sampler = SlowSampler(Conditioner(klein, (96, 96)), steps=1, cfg=1.0, batch=4)
+    tasks = [group(name, [DOWN]).task for name in "abcdefgh"]
+    sampler.conditioner.prime([task.sample for task in tasks])
+
+    def reward(generation, task):
+        time.sleep(0.4)
+        return by_seed(generation, task)
+
+    walls = []
+    for _ in range(3):  # a busy machine may be late once
+        groups = new_groups(tasks, group_size=4, run_seed=0, epoch=0)
+        start = time.monotonic()
+        roll_out(sampler, groups, reward, workers=8)
+        walls.append(time.monotonic() - start)
+        assert all(not score.missing for g in groups for score in g.scores)
+    assert min(walls) <= 1.10 * 2.0, walls

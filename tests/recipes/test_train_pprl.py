@@ -1,0 +1,123 @@
+"""train_pprl on two processes, from the middle of an epoch, and from the ledger of another run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from clvr_train.models.sampler import Sampler
+from recipes import train_pprl
+from tests.recipes.conftest import ROOT
+
+COMMON = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=3", "rollout.steps=2",
+          "rollout.groups=3", "rollout.group_size=3", "pprl.t2i_share=0.5", "pprl.num_times=1", "pprl.beta_kl=0.01",
+          "pprl.time_range=[0,1]", "pprl.steps_per_epoch=2", "pprl.micro_batch=2", "pprl.old_schedule=on_policy",
+          "pprl.save_every=1", "pprl.grid_every=1", "rollout.batch=4"]  # fmt: skip
+ATOL = 2e-5  # of a LoRA whose factors move by about 1e-3 a step
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world / "runs"
+
+
+def lora(run):
+    return load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def apart(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def lines(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def whole(here):
+    """A run of one process, made once."""
+    train_pprl.main([*COMMON, "run=whole"])
+    return here / "whole"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_processes_train_what_one_does(whole, world, engine):
+    """Three groups: one rank has two of them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "recipes" / "train_pprl.py"), *COMMON, f"run={engine}", f"engine={engine}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = world / "runs" / engine
+    moved = max(tensor.abs().max().item() for name, tensor in lora(whole).items() if "lora_B" in name)
+    assert apart(lora(whole), lora(run)) < ATOL < 0.05 * moved
+    for ours, theirs in zip(lines(whole), lines(run), strict=True):
+        assert theirs == pytest.approx(ours, rel=2e-2, abs=1e-6)
+    rows = lines(run, "rollouts.jsonl")
+    assert [row["k"] for row in rows] == [0, 1, 2] * 9 and all(row["reward"] is not None for row in rows)
+    assert len(list((run / "ledger" / "epoch-00002").glob("*.json"))) == 3
+
+
+def test_an_epoch_that_ends_between_rollouts_and_update_goes_on_there(whole, here, monkeypatch):
+    command = [*COMMON, "run=halved"]
+    update, calls = train_pprl.backward_nft, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:  # the first one of the second epoch
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(train_pprl, "backward_nft", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train_pprl.main(command)
+    assert end.value.code == 130
+    monkeypatch.setattr(train_pprl, "backward_nft", update)
+    drawn = count_images(monkeypatch)
+    train_pprl.main(command)
+    assert sum(drawn) == 9, "the second epoch's rollouts are those from before, the third is drawn"
+    assert apart(lora(whole), lora(here / "halved")) == 0
+    assert lines(whole) == lines(here / "halved")
+    assert lines(whole, "rollouts.jsonl") == lines(here / "halved", "rollouts.jsonl")
+
+
+def count_images(monkeypatch):
+    denoise, drawn = Sampler.denoise, []
+
+    def counted(self, noise, cond):
+        drawn.append(len(noise))
+        return denoise(self, noise, cond)
+
+    monkeypatch.setattr(Sampler, "denoise", counted)
+    return drawn
+
+
+def test_a_run_is_trained_again_from_its_ledger_without_a_rollout(whole, here, monkeypatch, capsys):
+    drawn = count_images(monkeypatch)
+    train_pprl.main([*COMMON, "run=replayed", "replay=runs/whole"])
+    train_pprl.main([*COMMON, "run=rejudged", "replay=runs/whole/ledger", "rejudge=true"])
+    train_pprl.main([*COMMON, "run=other_judge", "replay=runs/whole", "rejudge=true", "pprl.weight_edit=0"])
+    assert not drawn
+    assert apart(lora(whole), lora(here / "replayed")) == 0
+    assert apart(lora(whole), lora(here / "rejudged")) == 0
+    assert apart(lora(whole), lora(here / "other_judge")) > 0
+    for command, message in (
+        (["run=long", "replay=runs/whole", "pprl.epochs=9"], "its ledger has 3 epochs, and pprl.epochs=9"),
+        (["run=none", "replay=runs/data"], "replay=runs/data: neither a run with a ledger nor a ledger"),
+        (["run=alone", "rejudge=true"], "rejudge=true: needs replay=..."),
+    ):
+        with pytest.raises(SystemExit) as end:
+            train_pprl.main([*COMMON, *command])
+        assert end.value.code == 1 and message in capsys.readouterr().err
+
+
+def test_engines_that_a_lora_has_no_use_for(here, capsys):
+    for key in ("engine=zero3", "engine.precision=bf16_states", "engine.offload=optimizer", "engine.compile=true"):
+        with pytest.raises(SystemExit) as end:
+            train_pprl.main([*COMMON, "run=refused", key])
+        assert end.value.code == 1 and "train_pprl keeps whole base weights" in capsys.readouterr().err
