@@ -38,6 +38,16 @@ UNPADDED = "sdpa_unpadded"
 AttentionInterface.register(UNPADDED, sdpa_attention_forward)
 AttentionMaskInterface.register(UNPADDED, lambda *args, **kwargs: None)
 
+# On CPUs torch does not count its flash kernel; that of GPUs, of the same FLOPs, it does. The backward is counted as that
+# of plain products, twice the forward, without what a flash kernel computes again.
+_aten = torch.ops.aten
+CPU_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, out_shape=None, **__: (
+        2 * sdpa_flop(q, k, v)
+    ),
+}
+
 _KLEIN = {"in_channels": 128, "attention_head_dim": 128, "timestep_guidance_channels": 256, "guidance_embeds": False}
 _QWEN3 = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 _TEXT = _QWEN3 | {"max_position_embeddings": 40960}
@@ -160,20 +170,33 @@ class Trace:
         return checkpointed(len(self.block_saved), checkpointing)
 
 
-class _Tracer:
+def fake_weights(
+    module: torch.nn.Module, dtype: torch.dtype, lora_dtype: torch.dtype, trained: bool
+) -> dict[str, torch.Tensor]:
+    """New tensors of the shapes of a module's parameters and buffers, by name."""
+    weights = {}
+    for name, p in module.named_parameters():
+        of_lora = ".lora_" in name
+        weights[name] = torch.empty(
+            p.shape, dtype=lora_dtype if of_lora else dtype, requires_grad=trained and p.requires_grad
+        )
+    for name, b in module.named_buffers():
+        weights[name] = torch.empty(b.shape, dtype=b.dtype)
+    return weights
+
+
+class Tracer:
     """Runs modules of the meta device on fake tensors, and notes what their forwards compute and keep."""
 
-    def __init__(self, blocks: Iterable[torch.nn.Module], dtype: torch.dtype) -> None:
-        self.blocks, self.dtype = list(blocks), dtype
+    def __init__(
+        self, blocks: Iterable[torch.nn.Module], dtype: torch.dtype, lora_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.blocks, self.dtype, self.lora_dtype = list(blocks), dtype, lora_dtype
         self._weights: set[int] = set()
         self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no id is used twice
         self._current: int | None = None
         self._before = 0
-        # On CPUs torch does not count its flash kernel; that of GPUs, of the same FLOPs, it does.
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        self._counter = FlopCounterMode(
-            display=False, custom_mapping={flash: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v)}
-        )
+        self._counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         nothing: list[dict[int, int]] = [{} for _ in self.blocks]
         self.trace = Trace(0, 0, {}, [0] * len(nothing), nothing, [{} for _ in nothing])
 
@@ -182,19 +205,15 @@ class _Tracer:
         return self._counter.get_total_flops()
 
     def call(self, module: torch.nn.Module, *args: object, trained: bool = True, **kwargs: object) -> object:
-        """The module's forward with fake weights."""
-        weights = {}
-        for name, p in module.named_parameters():
-            weights[name] = torch.empty(p.shape, dtype=self.dtype, requires_grad=trained)
-        for name, b in module.named_buffers():
-            weights[name] = torch.empty(b.shape, dtype=b.dtype)
+        """The module's forward with fake weights. Not trained is also what asks for no gradient."""
+        weights = fake_weights(module, self.dtype, self.lora_dtype, trained)
         self._weights |= {self._key(w) for w in weights.values()}
         before = self.flops
         output = functional_call(module, weights, args, kwargs)
         self.trace.frozen_flops += 0 if trained else self.flops - before
         return output
 
-    def run(self, step: Callable[["_Tracer"], None]) -> Trace:
+    def run(self, step: Callable[["Tracer"], None]) -> Trace:
         handles = [h for i, block in enumerate(self.blocks) for h in self._hooks(i, block)]
         try:
             with FakeTensorMode(), self._counter, saved_tensors_hooks(self._pack, lambda tensor: tensor):
@@ -233,6 +252,25 @@ class _Tracer:
         return storage._cdata
 
 
+def fake_inputs(
+    config: dict, dtype: torch.dtype, batch: int, window: int, target: tuple[int, int], references: Sequence
+) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    """Tokens of the target, times and conditions of a micro-batch: see `trace_transformer`."""
+
+    def tokens(number: int) -> torch.Tensor:
+        return torch.empty(batch, number, config.in_channels, dtype=dtype)
+
+    number = math.prod(target)
+    cond = Conditioning(
+        torch.empty(batch, window, config.joint_attention_dim, dtype=dtype),
+        tokens(sum(map(math.prod, references))) if references else None,
+        image_ids(target, references),
+        text_ids(window),
+        number,
+    )
+    return tokens(number), torch.empty(batch), cond
+
+
 def trace_transformer(
     transformer: Flux2Transformer2DModel,
     dtype: torch.dtype,
@@ -242,25 +280,13 @@ def trace_transformer(
     references: Sequence[tuple[int, int]] = (),
 ) -> Trace:
     """The flow-matching loss of a micro-batch: `window` text tokens, grids (rows, columns) of target and references."""
-    config = transformer.config
 
-    def step(tracer: _Tracer) -> None:
-        def tokens(number: int) -> torch.Tensor:
-            return torch.empty(batch, number, config.in_channels, dtype=dtype)
+    def step(tracer: Tracer) -> None:
+        x0, t, cond = fake_inputs(transformer.config, dtype, batch, window, target, references)
+        velocity = predict_velocity(partial(tracer.call, transformer), torch.empty_like(x0), t, cond)
+        flow_matching_loss(velocity, x0, torch.empty_like(x0))
 
-        number = math.prod(target)
-        cond = Conditioning(
-            torch.empty(batch, window, config.joint_attention_dim, dtype=dtype),
-            tokens(sum(map(math.prod, references))) if references else None,
-            image_ids(target, references),
-            text_ids(window),
-            number,
-        )
-        call = partial(tracer.call, transformer)
-        velocity = predict_velocity(call, tokens(number), torch.empty(batch), cond)
-        flow_matching_loss(velocity, tokens(number), tokens(number))
-
-    return _Tracer(blocks_of(transformer), dtype).run(step)
+    return Tracer(blocks_of(transformer), dtype).run(step)
 
 
 def trace_vlm(
@@ -286,7 +312,7 @@ def trace_vlm(
     if visual > tokens:
         raise ValueError(f"tokens={tokens}: {images} images of {image_px[0]} x {image_px[1]} px alone have {visual}")
 
-    def see(tracer: _Tracer) -> torch.Tensor:
+    def see(tracer: Tracer) -> torch.Tensor:
         total = batch * images * patches
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return tracer.call(
@@ -301,7 +327,7 @@ def trace_vlm(
             cu_seqlens=np.arange(batch * images + 1) * patches,
         ).pooler_output
 
-    def step(tracer: _Tracer) -> None:
+    def step(tracer: Tracer) -> None:
         language = model.model.language_model
         embedded = tracer.call(language.embed_tokens, torch.empty(batch, tokens, dtype=torch.long))
         if images:
@@ -312,20 +338,20 @@ def trace_vlm(
             tracer.call(model.lm_head, hidden)
 
     blocks = (*model.model.visual.blocks, *model.model.language_model.layers)
-    return _Tracer(blocks, dtype).run(step)
+    return Tracer(blocks, dtype).run(step)
 
 
 def encoder_flops(parts: dict[str, torch.nn.Module], window: int, sizes_px: Iterable[tuple[int, int]]) -> list[int]:
     """FLOPs of a text in the used layers of the text encoder, then of encoding an image of each size."""
 
-    def text(tracer: _Tracer) -> None:
+    def text(tracer: Tracer) -> None:
         ids = torch.empty(1, window, dtype=torch.long)
         tracer.call(parts["text_encoder"], input_ids=ids, use_cache=False, trained=False)
 
-    def image(size_px: tuple[int, int], tracer: _Tracer) -> None:
+    def image(size_px: tuple[int, int], tracer: Tracer) -> None:
         moments = tracer.call(parts["vae"].encoder, torch.empty(1, 3, *size_px), trained=False)
         if parts["vae"].quant_conv is not None:
             tracer.call(parts["vae"].quant_conv, moments, trained=False)
 
     steps = [text, *(partial(image, size_px) for size_px in sizes_px)]
-    return [_Tracer((), torch.float32).run(step).flops for step in steps]
+    return [Tracer((), torch.float32).run(step).flops for step in steps]
