@@ -1,9 +1,9 @@
 """One client for chat servers that speak OpenAI's protocol: bounded, retried, cached; a failure is an answer without a
 value.
 
-A request is one user turn or more at temperature 0. What can go wrong on the way (no connection, no reply in time, a
-status of 4xx or 5xx, a body that is no chat completion) and what can be wrong with the reply (refused, cut at
-`max_tokens`, not in the demanded form) comes back as `Answer.reason`, never as a value.
+A request is a conversation, at temperature 0 if nothing else is asked for. What can go wrong on the way (no connection,
+no reply in time, a status of 4xx or 5xx, a body that is no chat completion) and what can be wrong with the reply
+(refused, cut at `max_tokens`, not in the demanded form) comes back as `Answer.reason`, never as a value.
 """
 
 import asyncio
@@ -42,13 +42,15 @@ _LONGEST_WAIT_S = 30.0
 class Answer:
     """What came of a request: the parsed value, or None with the reason.
 
-    `away`: the server is to blame, and another request would fare no better now.
+    `away`: the server is to blame, and another request would fare no better now. `unusable`: there was a reply, but it
+    is no value.
     """
 
     value: Any
     reason: str = ""
     text: str = ""
     away: bool = False
+    unusable: bool = False
 
 
 class ChatError(OSError):
@@ -67,10 +69,14 @@ def user_turn(*parts: str | Image) -> dict[str, Any]:
 def _part(part: str | Image) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    return {"type": "image_url", "image_url": {"url": image_url(part, "JPEG", quality=95)}}
+
+
+def image_url(image: Image, kind: str, **options: int) -> str:
+    """A data URL of the image as JPEG or PNG; `options` are those of Pillow's `save`."""
     buffer = io.BytesIO()
-    part.convert("RGB").save(buffer, "JPEG", quality=95)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+    image.convert("RGB").save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 class ChatClient:
@@ -141,15 +147,21 @@ class ChatClient:
         for client in self._clients:
             await client.aclose()
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], parse: Callable[[str], Any]) -> Answer:
+    def ask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        parse: Callable[[str], Any],
+        sampling: Mapping[str, float] | None = None,
+    ) -> Answer:
         """Sends the messages and parses the text of the reply; blocks until it is there or has failed.
 
         Replies that `parse` accepts are kept in the cache, found again by the whole request and the server's URL.
 
         Args:
             parse: text to value; raises ValueError for a text that is none.
+            sampling: `temperature`, `top_p`, `seed` and the like, in place of temperature 0.
         """
-        body = {"model": self.options.model, "messages": list(messages), "temperature": 0}
+        body = {"model": self.options.model, "messages": list(messages)} | dict(sampling or {"temperature": 0})
         payload = json.dumps(body | {"max_tokens": self.options.max_tokens}).encode()
         key = hashlib.sha256(self._url.encode() + b"\n" + payload).hexdigest()
         self._count(requests=1)
@@ -173,7 +185,7 @@ class ChatClient:
             return Answer(None, str(error), away=error.away)
         except ValueError as error:
             self._count(unusable=1)
-            return Answer(None, self._clean(f"reply: {error}"), text)
+            return Answer(None, self._clean(f"reply: {error}"), text, unusable=True)
         if self._cache:
             self._cache.put(key, text)
         return Answer(value, text=text)

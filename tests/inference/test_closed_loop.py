@@ -1,7 +1,9 @@
+import time
+
 import pytest
 from PIL import Image
 
-from clvr_train.inference.closed_loop import Budget, Result, run_closed_loop
+from clvr_train.inference.closed_loop import Budget, NoReply, Result, Run, advance, run_closed_loop
 from clvr_train.method.truncation import truncate
 
 
@@ -25,7 +27,7 @@ class Scripted:
         images = sum("image" in message["content"][0] for message in messages)
         script = self.scripts[messages[0]["content"][0]["text"]]
         line = script(turn, seed) if callable(script) else script[turn]
-        return line.format(n=images + 1)
+        return line if isinstance(line, NoReply) else line.format(n=images + 1)
 
 
 class Brush:
@@ -115,7 +117,8 @@ def test_noise_depends_on_the_goal_and_not_on_its_neighbours() -> None:
 
 def test_no_goals_and_bad_arguments() -> None:
     assert run({})[0] == []
-    for bounds in ({"max_rounds": 0}, {"max_nfe": 0}, {"verify_every": 0}, {"max_seconds": -1}):
+    for bounds in ({"max_rounds": 0}, {"max_rounds": 2.5}, {"max_verify": -1}, {"max_nfe": 0}, {"verify_every": 0},
+                   {"max_seconds": -1}, {"max_seconds": float("nan")}):  # fmt: skip
         with pytest.raises(ValueError, match="=".join(map(str, *bounds.items()))):
             Budget(**bounds)
     with pytest.raises(ValueError, match="max_nfe=3: an image takes 4 network evaluations"):
@@ -145,3 +148,55 @@ def test_a_second_look_after_every_other_image() -> None:
     assert [(s.reasoning, s.action) for s in results[0].trajectory.steps] == [
         ("draw", "generate"), ("change", "edit"), ("change", "verify"), ("done", "stop")]
     assert results[0].stop_reason == "stop"
+
+
+def test_no_more_goals_under_way_than_allowed_and_the_next_joins_in_the_middle() -> None:
+    scripts = {"a": [GENERATE, STOP], "b": [GENERATE, EDIT, EDIT, STOP], "c": [GENERATE, STOP], "d": [GENERATE, STOP]}
+    ended: list[str] = []
+    results, controller, brush = run(scripts, active=2, on_result=lambda name, result: ended.append(name))
+    assert [r.stop_reason for r in results] == ["stop"] * 4
+    assert controller.greedy == [2, 2, 2, 2, 1, 1] and ended == ["id-0", "id-1", "id-2", "id-3"]
+    # The first image of c and the third of b are drawn in one batch.
+    assert [[(s.trajectory_id, s.step) for s in batch] for batch in brush.batches] == [
+        [("id-0", 1), ("id-1", 1)], [("id-1", 2)], [("id-1", 3), ("id-2", 1)], [("id-3", 1)]]
+    alone = run(scripts)[2]
+    assert sorted(alone.seeds) == sorted(brush.seeds)
+    with pytest.raises(ValueError, match="active=0"):
+        run(scripts, active=0)
+
+
+def test_runs_with_budgets_of_their_own_share_batches() -> None:
+    controller, brush = Scripted({"one": forever, "two": forever}), Brush()
+    one, two = Run("x", "one", Budget(max_rounds=1)), Run("y", "two", Budget(max_rounds=3))
+    for _ in range(4):
+        advance(controller, brush.draw, [one, two])
+    assert (one.stop_reason, two.stop_reason) == ("max_rounds", "max_rounds")
+    assert [len(batch) for batch in brush.batches] == [2, 1, 1]
+
+
+def test_no_reply_ends_the_goal_with_its_canvas_and_leaves_the_others_alone() -> None:
+    away = NoReply("no connection")
+    scripts = {"dies": lambda turn, seed: away if turn else GENERATE, "lives": [GENERATE, EDIT, STOP]}
+    results, controller, _ = run(scripts)
+    assert [r.stop_reason for r in results] == ["controller: no connection", "stop"]
+    assert len(results[0].trajectory.images) == 1 and results[0].image.size == (8, 8)
+    assert not controller.seeds, "the client has made its own attempts"
+
+
+def test_a_reply_that_was_cut_is_asked_for_again() -> None:
+    cut = NoReply("reply: cut", again=True)
+    results, controller, _ = run({"goal": lambda turn, seed: cut if seed is None else STOP if turn else GENERATE})
+    assert results[0].stop_reason == "stop" and len(controller.seeds) == 2
+    results, _, _ = run({"goal": lambda turn, seed: cut}, retries=1)
+    assert results[0].stop_reason == "malformed: reply: cut" and results[0].image is None
+
+
+def test_seconds_begin_with_the_goal_and_a_late_turn_is_not_drawn() -> None:
+    def slow(turn, seed):
+        time.sleep(0.02)
+        return forever(turn, seed)
+
+    scripts = {str(number): slow for number in range(4)}
+    results, _, brush = run(scripts, budget=Budget(max_seconds=0.03), active=1)
+    assert [r.stop_reason for r in results] == ["max_seconds"] * 4
+    assert [r.nfe for r in results] == [1] * 4 and len(brush.seeds) == 4, "the second turn came too late to be drawn"
