@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
                 bar.update()
                 metrics.log(engine.steps, loss=loss, **values)
                 ending = sigterm.asked()
-                if ending or (engine.steps % cfg.train.save_every == 0 and engine.steps < cfg.train.steps):
+                if ending or engine.steps == cfg.train.steps or engine.steps % cfg.train.save_every == 0:
                     engine.save(saver, engine.steps)
                 if ending:
                     saver.wait()

@@ -109,11 +109,12 @@ def train(cfg: DictConfig, world: World) -> None:
                 bar.update()
                 last = engine.steps == steps
                 validated = validation.at(engine, last, metrics)
-                if metrics and (last or validated or engine.steps % cfg.train.log_every == 0):
-                    values |= {"refused": refused + refusals.refused, **validated}
-                    metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
+                if last or validated or engine.steps % cfg.train.log_every == 0:
+                    values |= {"refused": refused + sum(world.gather(refusals.refused)), **validated}
+                    if metrics:
+                        metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
                 ending = sigterm.asked()
-                if ending or (engine.steps % cfg.train.save_every == 0 and not last):
+                if ending or last or engine.steps % cfg.train.save_every == 0:
                     engine.save(saver, engine.steps)
                 if ending:
                     saver.wait()

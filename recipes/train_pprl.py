@@ -137,7 +137,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 metrics.log(epoch + 1, **values, old_decay=decay)
                 record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
             ending = sigterm.asked()
-            if ending or (epoch + 1) % cfg.pprl.save_every == 0:
+            if ending or epoch + 1 == cfg.pprl.epochs or (epoch + 1) % cfg.pprl.save_every == 0:
                 engine.save(saver, epoch + 1, policy_tensors(transformer))
             if ending:
                 saver.wait()
