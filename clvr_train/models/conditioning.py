@@ -202,6 +202,12 @@ def rows(cond: Conditioning, indices: Sequence[int]) -> Conditioning:
     return replace(cond, text=cond.text[picked], references=references)
 
 
+def joined(one: Conditioning, other: Conditioning) -> Conditioning:
+    """The conditions of two batches of one bucket, one after the other."""
+    references = None if one.references is None else torch.cat([one.references, other.references])
+    return replace(one, text=torch.cat([one.text, other.text]), references=references)
+
+
 def by_bucket(conditioner: Conditioner, samples: Sequence[Sample], limit: int) -> list[list[int]]:
     """Indices of samples grouped by bucket, at most `limit` together, in order of first appearance."""
     buckets: dict[tuple, list[int]] = {}

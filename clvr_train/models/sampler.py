@@ -9,7 +9,7 @@ from torch import Tensor
 from clvr_train.data.images import to_image
 from clvr_train.method.flow import guided, inference_times
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.conditioning import Conditioner, Conditioning, by_bucket, predict_velocity
+from clvr_train.models.conditioning import Conditioner, Conditioning, by_bucket, joined, predict_velocity
 from clvr_train.models.klein import decode_tokens
 from clvr_train.runtime.seeding import generator
 
@@ -21,6 +21,7 @@ class Sampler:
         steps: Euler steps. cfg: guidance scale, 1 for none (a distilled model takes only 1).
         batch: most images in one forward.
         module: what forwards go through, if not the transformer itself: an engine's wrapper of it.
+        batched_cfg: both branches of guidance in one forward of twice the batch, not in two. Last bits then differ.
 
     Counter: `nfe`, network evaluations so far, an image and a branch of guidance counting as one each.
     """
@@ -33,11 +34,12 @@ class Sampler:
         cfg: float,
         batch: int = 32,
         module: torch.nn.Module | None = None,
+        batched_cfg: bool = False,
     ) -> None:
         if conditioner.klein.distilled and cfg > 1:
             raise ValueError(f"cfg={cfg}: a distilled model takes no guidance, use cfg=1")
         self.conditioner = conditioner
-        self.steps, self.cfg, self.batch = steps, cfg, batch
+        self.steps, self.cfg, self.batch, self.batched_cfg = steps, cfg, batch, batched_cfg
         self.module = module or conditioner.klein.transformer
         self.nfe = 0
 
@@ -72,12 +74,16 @@ class Sampler:
         device = self.conditioner.klein.device
         times = inference_times(cond.num_target, self.steps).to(device)
         without = self.conditioner.without_text(cond) if self.cfg > 1 else None
+        both = joined(cond, without) if without is not None and self.batched_cfg else None
         x = noise.to(device)
         for now, after in zip(times[:-1], times[1:], strict=True):
             t = now.expand(x.shape[0])
-            v = predict_velocity(self.module, x, t, cond)
-            if without is not None:
-                v = guided(v, predict_velocity(self.module, x, t, without), self.cfg)
+            if both is not None:
+                v = guided(*predict_velocity(self.module, x.repeat(2, 1, 1), t.repeat(2), both).chunk(2), self.cfg)
+            else:
+                v = predict_velocity(self.module, x, t, cond)
+                if without is not None:
+                    v = guided(v, predict_velocity(self.module, x, t, without), self.cfg)
             x = (x.float() + (after - now) * v.float()).to(x.dtype)
         self.nfe += x.shape[0] * self.nfe_per_image
         return x

@@ -38,8 +38,8 @@ UNPADDED = "sdpa_unpadded"
 AttentionInterface.register(UNPADDED, sdpa_attention_forward)
 AttentionMaskInterface.register(UNPADDED, lambda *args, **kwargs: None)
 
-# On CPUs torch does not count its flash kernel; that of GPUs, of the same FLOPs, it does. The backward is counted as that
-# of plain products, twice the forward, without what a flash kernel computes again.
+# On CPUs torch does not count its flash kernel; that of GPUs, of the same FLOPs, it does. The backward is counted as
+# that of plain products, twice the forward, without what a flash kernel computes again.
 _aten = torch.ops.aten
 CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v),
