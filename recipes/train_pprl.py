@@ -69,7 +69,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
     add_policies(transformer, rank=cfg.lora.rank, alpha=cfg.lora.alpha, seed=cfg.seed)
     set_checkpointing(transformer, cfg.engine.checkpointing)
     conditioner = build_conditioner(klein, cfg.model, cfg.cache)
-    sampler = Sampler(conditioner, steps=cfg.rollout.steps, cfg=cfg.rollout.cfg, batch=cfg.rollout.batch)
+    sampler = Sampler(conditioner, **{key: cfg.rollout[key] for key in ("steps", "cfg", "batch", "batched_cfg")})
     rollouts = Rollouts(cfg, run, reward, sampler, world)
     options = NFTOptions(**{name: cfg.pprl[name] for name in NFTOptions.__dataclass_fields__})
     times = inference_times(math.prod(klein.grid(conditioner.size_px)), sampler.steps)[:-1].tolist()
@@ -120,6 +120,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 times,
                 num_times=cfg.pprl.num_times,
                 time_range=tuple(cfg.pprl.time_range),
+                stratified=cfg.pprl.stratified,
                 run_seed=cfg.seed,
                 epoch=epoch,
                 anchor_share=cfg.pprl.anchor_share,

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from clvr_train.method.flow import interpolate
+from clvr_train.method.flow import guided, interpolate
 from clvr_train.method.nft import kl_loss, nft_loss
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, use
@@ -40,7 +42,7 @@ class Item:
 @dataclass(frozen=True)
 class NFTOptions:
     """The named knobs of the loss; `beta_nft` (trust region) and `beta_kl` (weight of the SFT anchor) share no name.
-    `anchor`: weight of the distance to the reference without text.
+    `anchor`: weight of the distance to the reference without text. `cfg`: guidance of all predictions, 1 for none.
     """
 
     beta_nft: float
@@ -48,6 +50,7 @@ class NFTOptions:
     adv_clip_max: float
     weighting: str
     anchor: float = 0.0
+    cfg: float = 1.0
 
 
 def training_items(
@@ -58,15 +61,16 @@ def training_items(
     run_seed: int,
     epoch: int,
     time_range: tuple[float, float] = (0.0, 1.0),
+    stratified: bool = True,
     anchor_share: float = 0.0,
 ) -> list[Item]:
     """Every rollout that takes part, at `num_times` of the `times` it was drawn in (`method.flow.inference_times`
     without the last), in an order shuffled by (seed, epoch).
 
-    The times of a rollout are stratified: the part `time_range` of them (0 is the first one, noise) is cut into
-    `num_times` equal parts and one time is drawn from each. Rollouts without an advantage and flat groups (all
-    advantages 0) give no items: nothing in them says where to go, and the trust region and the KL term act through the
-    other groups.
+    They lie in the part `time_range` of those times (0 is the first one, noise). `stratified` cuts it into `num_times`
+    equal parts and draws one time from each; otherwise any of them are drawn, none twice. Rollouts without an advantage
+    and those whose advantage is 0, say in a flat group, give no items: nothing in them says where to go, and the trust
+    region and the KL term act through the others.
     """
     steps = len(times)
     first, last = (round(share * steps) for share in time_range)
@@ -76,21 +80,27 @@ def training_items(
         raise ValueError(f"num_times={num_times}: must lie between 1 and the {last - first} steps in time_range")
     items = []
     for group in groups:
-        if all(advantage is None or abs(advantage) < 1e-6 for advantage in group.advantages):
-            continue
-        for k, r in enumerate(group.r):
-            if r is None:
+        for k, (advantage, r) in enumerate(zip(group.advantages, group.r, strict=True)):
+            if advantage is None or abs(advantage) < 1e-6:
                 continue
-            for part in range(num_times):
-                seed = (run_seed, epoch, group.place, *group.task.sample.key, k, part)
-                source = generator("update", *seed)
-                low, high = (first + n * (last - first) // num_times for n in (part, part + 1))
-                t = times[low + int(torch.randint(high - low, (1,), generator=source))]
-                anchored = bool(torch.rand(1, generator=source) < anchor_share)
-                x0 = None if group.x0 is None else group.x0[k]
-                items.append(Item(group.task.sample, x0, r, t, seed, anchored))
+            position = (run_seed, epoch, group.place, *group.task.sample.key, k)
+            chosen = _chosen_times(position, first, last, num_times, stratified)
+            x0 = None if group.x0 is None else group.x0[k]
+            for part, index in enumerate(chosen):
+                seed = (*position, part)
+                draw = torch.rand(1, generator=generator("update anchor", *seed))
+                items.append(Item(group.task.sample, x0, r, times[index], seed, bool(draw < anchor_share)))
     order = torch.randperm(len(items), generator=generator("items", run_seed, epoch))
     return [items[i] for i in order.tolist()]
+
+
+def _chosen_times(position: tuple, first: int, last: int, num_times: int, stratified: bool) -> list[int]:
+    """Indices from `first` to below `last`."""
+    source = generator("update times", *position)
+    if not stratified:
+        return (first + torch.randperm(last - first, generator=source)[:num_times]).tolist()
+    edges = [first + part * (last - first) // num_times for part in range(num_times + 1)]
+    return [low + int(torch.randint(high - low, (1,), generator=source)) for low, high in pairwise(edges)]
 
 
 def backward_nft(
@@ -99,9 +109,9 @@ def backward_nft(
     """Adds the gradients of the mean NFT loss over the items; returns its parts and the distances between the policies.
 
     Per micro-batch: one forward of `old` and, if `beta_kl > 0`, one of the reference (adapters off), both without
-    gradient, then one of the policy. No guidance in training predictions. Anchored items cost a forward of the
-    policy and of the reference more, without text: guidance at evaluation extrapolates from that branch, which the
-    rewards say nothing about.
+    gradient, then one of the policy; twice as many with guidance (`options.cfg` above 1). Anchored items cost a forward
+    of the policy and of the reference more, without text: guidance at evaluation extrapolates from that branch, which
+    the rewards say nothing about.
 
     Args:
         items: of all ranks, the same ones on each; a rank goes through those whose tokens it has. One with fewer
@@ -135,24 +145,30 @@ def _losses(
     r = torch.tensor([item.r for item in items], device=device)
     x_t = interpolate(x0, torch.stack([item.noise for item in items]).to(device), t)
     held = [k for k, item in enumerate(items) if item.anchored and options.anchor > 0]
+    without = conditioner.without_text(cond) if options.cfg > 1 else None
+
+    def velocity(module: Module) -> Tensor:
+        v = predict_velocity(module, x_t, t, cond).float()
+        # Not through the engine's module: that expects one forward a turn on every rank.
+        return v if without is None else guided(v, predict_velocity(transformer, x_t, t, without).float(), options.cfg)
+
     v_ref = v_free = free = None
     with torch.no_grad():
         with use(transformer, OLD):
-            v_old = predict_velocity(transformer, x_t, t, cond).float()
+            v_old = velocity(transformer)
         with use(transformer, None):
             if options.beta_kl > 0:
-                v_ref = predict_velocity(transformer, x_t, t, cond).float()
+                v_ref = velocity(transformer)
             if held:
                 free = conditioner.without_text(rows(cond, held))
                 v_free = predict_velocity(transformer, x_t[held], t[held], free).float()
-    v = predict_velocity(engine.module, x_t, t, cond).float()
+    v = velocity(engine.module)
     policy = nft_loss(
         v, v_old, x0, x_t, t, r,
         beta_nft=options.beta_nft, adv_clip_max=options.adv_clip_max, weighting=options.weighting,
     ).sum()  # fmt: skip
     none = torch.zeros((), device=device)
     kl = none if v_ref is None else kl_loss(v, v_ref).sum()
-    # Not through the engine's module: that expects one forward a turn on every rank.
     anchor = kl_loss(predict_velocity(transformer, x_t[held], t[held], free).float(), v_free).sum() if held else none
     moved = (v.detach() - v_old).square().flatten(1).mean(1).sum()
     loss = policy + options.beta_kl * kl + options.anchor * anchor

@@ -172,9 +172,10 @@ def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
     metrics = rollout_metrics(groups)
     assert metrics["flat_groups"] == 0.5 and metrics["missing_scores"] == 1 / 8
     items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0)
-    assert len(items) == 3 * 2 and {item.sample.trajectory_id for item in items} == {"a"}
+    # Of three with a reward the middle one has an advantage of 0.
+    assert len(items) == 2 * 2 and {item.sample.trajectory_id for item in items} == {"a"}
     grid = inference_times(9, 4).tolist()
-    assert Counter(item.t in grid[:2] for item in items) == {True: 3, False: 3}
+    assert Counter(item.t in grid[:2] for item in items) == {True: 2, False: 2}
     other = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=1)
     assert not any(a.noise.equal(b.noise) for a in items for b in other)
     with pytest.raises(ValueError, match="num_times=5"):
@@ -186,6 +187,37 @@ def test_missing_and_flat_groups_cost_nothing_and_times_are_stratified(setting):
         training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0, time_range=(0.25, 0.5))
     with pytest.raises(ValueError, match=r"time_range=\[0.5, 0.5\]: no part of the 4 steps"):
         training_items(groups, TIMES, num_times=1, run_seed=0, epoch=0, time_range=(0.5, 0.5))
+
+
+def test_times_that_are_not_stratified_are_any_two(setting):
+    sampler, _ = setting
+    groups = drawn(sampler, [task(name) for name in "abcdef"], chance, size=4)
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0, stratified=False)
+    pairs = {}
+    for item in items:
+        pairs.setdefault(item.seed[:-1], set()).add(TIMES.index(item.t))
+    assert len(pairs) == 24 and all(len(pair) == 2 for pair in pairs.values())
+    assert {frozenset(pair) for pair in pairs.values()} > {frozenset({0, 1}), frozenset({2, 3})}
+
+
+def test_guidance_in_training_is_guided_throughout(setting):
+    """All three predictions: at the start they are equal, so that the policy's gradient is that of the rewards."""
+    sampler, calls = setting
+    groups = drawn(sampler, [task("a"), task("b", 2)], chance, size=3)
+    set_advantages(groups, std="global", adv_clip_max=5.0, min_valid=2)
+    items = training_items(groups, TIMES, num_times=2, run_seed=0, epoch=0)
+    calls.clear()
+    guided = NFTOptions(0.5, 0.01, 5.0, "adaptive", cfg=3.0)
+    metrics = backward_nft(sampler.conditioner, items, guided, micro_batch=8)
+    assert calls["samples"] == 6 * len(items)
+    assert metrics["kl"] == metrics["v_minus_v_old"] == 0.0
+    transformer = sampler.conditioner.klein.transformer
+    gradient = [p.grad.clone() for p in parameters(transformer, POLICY)]
+    transformer.zero_grad()
+    plain = backward_nft(sampler.conditioner, items, OPTIONS, micro_batch=8)
+    assert metrics["loss_policy"] != plain["loss_policy"]
+    assert any(not p.grad.equal(g) for p, g in zip(parameters(transformer, POLICY), gradient, strict=True))
 
 
 def test_gradient_of_an_epoch_does_not_depend_on_the_micro_batch(setting):
