@@ -21,7 +21,7 @@ once() { # once FILE RECIPE [overrides]: runs the recipe unless FILE, its last p
 seed() { # every system of one seed
   local run=$ROOT/seed$1 runs=runs/$ROOT/seed$1
   once "$runs/sft/model"    train_dit.py     experiment=shapes_sft   run="$run/sft"    seed="$1" data.folder=$DATA
-  rl=(train_pprl.py experiment=shapes_pprl seed="$1" data.folder=$RL_DATA model.folder="$runs/sft/model" pprl.epochs="$EPOCHS")
+  rl=(train_pprl.py experiment=shapes_pprl seed="$1" data.folder="$RL_DATA" model.folder="$runs/sft/model" pprl.epochs="$EPOCHS")
   once "$runs/pprl/model"   "${rl[@]}" run="$run/pprl"
   once "$runs/simple/model" "${rl[@]}" run="$run/simple" reward=simple
   once "$runs/merge/model"  merge_weights.py experiment=shapes_merge run="$run/merge"  aligned="$runs/pprl/model"
