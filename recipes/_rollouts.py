@@ -3,13 +3,14 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from clvr_train.data.refusals import Refusals
-from clvr_train.method.score import ProxyPrompt
+from clvr_train.method.score import ProxyPrompt, TeacherRefusal
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, adapter_weights
 from clvr_train.models.sampler import Sampler
@@ -19,6 +20,8 @@ from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import Judge, simple_prompt, trajectory_reward
 from clvr_train.runtime.distributed import World
+from clvr_train.shapes.controller import make_trajectories
+from clvr_train.shapes.teacher import ShapesTeacher
 from recipes._data import direct_samples, read_folder, read_prompts, truncated
 from recipes._services import Reward
 
@@ -31,9 +34,14 @@ def build_tasks(cfg: DictConfig, judge: Judge) -> list[Task]:
     """
     tasks = []
     goals = []  # without a history: each is its own prompt
-    if cfg.data.folder is not None or cfg.data.direct or cfg.data.prompts.folder is None:
-        trajectories = read_folder(cfg.data.folder, Refusals(cfg.data.folder, cfg.data.max_refused))
-        tasks += _trajectory_tasks(cfg, truncated(trajectories, cfg.data.folder))
+    if cfg.data.trajectories and cfg.data.folder is not None:
+        raise ValueError(f"data.trajectories={cfg.data.trajectories}: instead of a folder; set data.folder=null")
+    if cfg.data.trajectories or cfg.data.folder is not None or cfg.data.direct or cfg.data.prompts.folder is None:
+        if cfg.data.trajectories:
+            trajectories = list(make_trajectories(cfg.data.trajectories, cfg.seed))
+        else:
+            trajectories = read_folder(cfg.data.folder, Refusals(cfg.data.folder, cfg.data.max_refused))
+        tasks += _trajectory_tasks(cfg, truncated(trajectories, cfg.data.folder or "data.trajectories"))
         goals += direct_samples(trajectories) if cfg.data.direct else []
     if cfg.data.prompts.folder is not None:
         goals += read_prompts(cfg.data.prompts, cfg.data.max_refused)
@@ -50,10 +58,19 @@ def _trajectory_tasks(cfg: DictConfig, samples: list[Sample]) -> list[Task]:
     if cfg.reward.prompts == "simple":
         return [Task(sample, simple_prompt(sample)) for sample in samples]
     if cfg.reward.prompts == "proxy":
-        prompts = read_proxy_prompts(cfg.data.folder, samples)
+        prompts = _shapes_prompts(samples) if cfg.data.trajectories else read_proxy_prompts(cfg.data.folder, samples)
         logger.info("%d of %d steps have a proxy prompt", len(prompts), len(samples))
         return [Task(sample, prompts[sample.key]) for sample in samples if sample.key in prompts]
     raise ValueError(f"reward.prompts={cfg.reward.prompts!r} is not one of proxy, simple")
+
+
+def _shapes_prompts(samples: Sequence[Sample]) -> dict[tuple[str, int], ProxyPrompt]:
+    """What the teacher of the shapes world writes, where it can."""
+    prompts, teacher = {}, ShapesTeacher()
+    for sample in samples:
+        with suppress(TeacherRefusal):
+            prompts[sample.key] = teacher.proxy_prompt(sample)
+    return prompts
 
 
 class Rollouts:
