@@ -13,12 +13,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# In an experiment's header: the command that runs it, which also says for which recipe it is.
+NPROC = "sweep.nproc"  # the one key of a sweep; no job has it
 # Keys that count things: every recipe means the same by them, and none can do with less than one.
 COUNTS = frozenset(
     ("batch", "epochs", "group_size", "groups", "limit", "max_rounds", "micro_batch", "num", "num_times", "rank")
     + ("steps", "steps_per_epoch", "student_steps", "substeps", "window")
 )
+# In an experiment's header: the command that runs it, which also says for which recipe it is.
 _COMMAND = re.compile(r"^#.*\brecipes/(\w+)\.py\b.*\bexperiment=([\w/]+)", re.MULTILINE)
 
 
@@ -47,6 +48,28 @@ def pinned(override: Override) -> str:
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
+def take_nproc(overrides: list[str], multirun: bool) -> tuple[list[str], int | None]:
+    """The overrides without `sweep.nproc=N`, and N: the processes that torchrun starts for every job.
+
+    Raises:
+        ConfigError: another key of `sweep`, no whole number above 0, or no `-m`.
+    """
+    nproc, others = None, []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if not key.lstrip("+").startswith("sweep."):
+            others.append(text)
+        elif key != NPROC:
+            raise ConfigError(f"unknown key {key!r}: did you mean {NPROC!r}?")
+        elif not re.fullmatch("[1-9][0-9]*", value):
+            raise ConfigError(f"{text}: a whole number of at least 1 is needed")
+        elif not multirun:
+            raise ConfigError(f"{text}: is of sweeps (-m); one job of several processes: launch/torchrun.sh")
+        else:
+            nproc = int(value)
+    return others, nproc
+
+
 def check_command(name: str, conf: Path, overrides: list[str], multirun: bool = False) -> list[DictConfig]:
     """Compose and check the config of every job that a command asks for, before the first one starts.
 
@@ -54,17 +77,27 @@ def check_command(name: str, conf: Path, overrides: list[str], multirun: bool = 
         ConfigError: an unknown key, experiment or kind of value, with the nearest valid name.
         FileNotFoundError: there is no root config of this name.
     """
+    overrides, _ = take_nproc(overrides, multirun)
     parsed = parse(overrides)
     if not multirun:
         swept = [override.input_line for override in parsed if override.is_sweep_override()]
         if swept:
             raise ConfigError(f"{swept[0]}: several values need -m (a list is written key=[a,b])")
         return [check_job(name, conf, overrides)]
+    return [check_job(name, conf, job) for job in job_overrides(overrides)]
+
+
+def job_overrides(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, as Hydra's sweeper writes them.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    parsed = parse(overrides)
     try:
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        return BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException as error:
         raise ConfigError(str(error)) from error
-    return [check_job(name, conf, job) for job in jobs]
 
 
 def check_job(name: str, conf: Path, overrides: list[str]) -> DictConfig:

@@ -7,17 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
-from urllib.parse import quote
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -25,7 +22,8 @@ from clvr_train.runtime.distributed import World
 from clvr_train.runtime.files import write_atomic
 from clvr_train.runtime.process import LOCK, own_folder
 from clvr_train.runtime.redaction import redact
-from recipes._config import ConfigError, check_command, help_text, parse, pinned
+from recipes._config import NPROC, ConfigError, check_command, help_text, take_nproc
+from recipes._sweep import MULTIRUN, Sweep
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # the user's to mend; anything else is ours, with a traceback
@@ -68,7 +66,8 @@ def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], Non
                 for flag in ("config_name", "config_path", "config_dir", "experimental_rerun"):
                     if getattr(args, flag):
                         raise ConfigError(f"--{flag.replace('_', '-')}: a recipe reads conf/{name}.yaml only")
-                jobs = check_command(name, conf, args.overrides, args.multirun)
+                overrides, nproc = take_nproc(args.overrides, args.multirun)
+                jobs = check_command(name, conf, overrides, args.multirun)
                 if args.help:
                     doc = sys.modules[fn.__module__].__doc__ or fn.__doc__ or ""
                     sys.stdout.write(redact(help_text(name, conf, doc, jobs[0])))
@@ -79,7 +78,13 @@ def recipe(name: str, conf: Path = CONF) -> Callable[[Callable[[DictConfig], Non
                     # Hydra wants overrides in one piece; here they may stand on both sides of a flag.
                     flags = [argument for argument in arguments if argument not in args.overrides]
                     ours = [*HYDRA, f"hydra.job.name={name}"]
-                    _run(fn, name, conf, [*ours, *args.overrides, *flags], args.overrides)
+                    sweep = None
+                    if args.multirun and not (args.cfg or args.info):
+                        if len(jobs) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+                            raise ConfigError(f"-m: torchrun runs one job; give its processes as {NPROC}=N instead")
+                        script = str(sys.modules[fn.__module__].__file__)
+                        sweep = Sweep.of(overrides, jobs, script, nproc)
+                    _run(fn, name, conf, [*ours, *overrides, *flags], sweep)
             except KeyboardInterrupt:
                 sys.stderr.write(f"\ninterrupted; {RESUME}\n")
                 raise SystemExit(130) from None
@@ -139,36 +144,35 @@ def _has_begun(folder: Path) -> bool:
 
 
 def _run(
-    fn: Callable[[DictConfig], None], name: str, conf: Path, arguments: list[str], overrides: list[str]
+    fn: Callable[[DictConfig], None], name: str, conf: Path, arguments: list[str], sweep: Sweep | None
 ) -> None:
     failed: list[str] = []
     bugs: list[Exception] = []
-    fixed = {pinned(override) for override in parse(overrides) if not override.is_sweep_override()}
 
     @functools.wraps(fn)
     def job(cfg: DictConfig) -> None:
         sys.argv[1:] = redact(sys.argv[1:])  # wandb keeps it
-        swept = []
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            Path(HydraConfig.get().sweep.dir, "multirun.yaml").unlink(missing_ok=True)  # Hydra's, secrets and all
-            swept = [text for text in HydraConfig.get().overrides.task if text not in fixed]
-            if swept:
-                cfg.run = f"{cfg.run}/{_folder_name(swept)}"
+        if sweep is not None:
+            return _run_job(fn, cfg, sweep)
+        # What is raised is kept from Hydra, which would write more lines and the overrides as they are.
         try:
             fn(cfg)
-        # What is raised is kept from Hydra, which would write more lines, the overrides as they are, and end a sweep's
-        # report early.
         except EXPECTED as error:
-            _report(error, prefix=" ".join(swept))
+            _report(error)
             failed.append(cfg.run)
         except Exception as error:
             bugs.append(error)
 
+    task = sweep.job if sweep is not None and sweep.command else job
     argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors to us instead of printing them
     try:
-        hydra.main(version_base=None, config_path=str(conf.resolve()), config_name=name)(job)()
+        hydra.main(version_base=None, config_path=str(conf.resolve()), config_name=name)(task)()
+    except Exception as error:
+        if sweep is None or not sweep.elsewhere:
+            raise
+        _report(error)  # a job that the launcher lost; the others have ended or go on without us
     finally:
         sys.argv = argv
         del os.environ["HYDRA_FULL_ERROR"]
@@ -176,14 +180,29 @@ def _run(
             os.environ["HYDRA_FULL_ERROR"] = full
     if bugs:
         raise bugs[0]
-    if failed:
+    if failed or (sweep is not None and not sweep.finish()):
         raise SystemExit(1)
 
 
-def _folder_name(overrides: list[str]) -> str:
-    """The overrides as one folder name; a long one is cut and gets a hash (file systems allow 255)."""
-    name = quote(redact(",".join(sorted(overrides))), safe="=,.+-_[]{}: ")
-    return name if len(name) <= 200 else f"{name[:180]}-{sha256(name.encode()).hexdigest()[:12]}"
+def _run_job(fn: Callable[[DictConfig], None], cfg: DictConfig, sweep: Sweep) -> None:
+    """One job of a sweep. What ends it is noted and does not stop the others; what it held goes with it."""
+    number = HydraConfig.get().job.num
+    Path(HydraConfig.get().sweep.dir, MULTIRUN).unlink(missing_ok=True)
+    cfg.run = sweep.runs[number]
+    try:
+        fn(cfg)
+    except EXPECTED as error:
+        _report(error, prefix=" ".join(sweep.swept[number]))
+        sweep.note(number, str(error) or type(error).__name__)
+    except SystemExit as end:
+        if end.code in (130, 143):  # the whole command was asked to end
+            raise
+        sweep.note(number, f"exit status {end.code}" if end.code else "")
+    except Exception as error:
+        _show_bug(type(error), error, error.__traceback__)
+        sweep.note(number, f"{type(error).__name__}: {error}")
+    else:
+        sweep.note(number, "")
 
 
 def _report(error: BaseException, prefix: str = "") -> None:
