@@ -2,51 +2,15 @@
 
 import base64
 import io
-from html.parser import HTMLParser
 from pathlib import Path
 
 import PIL.Image
 import pytest
 
 from clvr_train.evaluation.html import write_report
+from tests.evaluation.pages import Page, parse
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """Collects tags, texts and attributes, and checks that tags nest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def parse(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert not page.open
-    return page
 
 
 @pytest.fixture
