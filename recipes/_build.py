@@ -11,12 +11,15 @@ from torch.nn import Module
 
 from clvr_train.data.buckets import Size
 from clvr_train.data.cache import TensorCache
-from clvr_train.inference.closed_loop import Budget
+from clvr_train.inference.closed_loop import Budget, Replies
+from clvr_train.inference.loop import ClosedLoop, open_controller, sampling_of
 from clvr_train.models.blocks import blocks_of, compile_blocks, set_checkpointing
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import Klein, load_klein
+from clvr_train.models.sampler import Sampler
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
+from clvr_train.services.options import checked_url
 
 logger = logging.getLogger(__name__)
 CACHE_KEYS = ("cache.folder", "cache.texts", "cache.memory_gb")  # play no part in the result
@@ -100,3 +103,26 @@ def build_engine(
 def build_budget(cfg: DictConfig) -> Budget:
     """The thinking budget of a config that has its keys."""
     return Budget(**{name: cfg[name] for name in Budget.__dataclass_fields__})
+
+
+def build_controller(section: DictConfig) -> Replies:
+    """The controller of a `controller` section: of a folder, or behind a chat server.
+
+    Raises:
+        ValueError: neither is named, or both; as `inference.loop.open_controller`.
+    """
+    if (section.folder is None) == (section.url is None):
+        raise ValueError("controller: give controller.folder=FOLDER, or controller.url=URL of a chat server")
+    options = {name: section[name] for name in ("device", "precision", "max_pixels", "max_new_tokens", "batch")}
+    if section.url is not None:
+        options |= {"model": section.model, **section.chat}
+        checked_url(section.url)
+    return open_controller(section.url or section.folder, **options)
+
+
+def build_loop(cfg: DictConfig, controller: Replies) -> ClosedLoop:
+    """Controller and drawing model of a config with the keys of `run_closed_loop`."""
+    klein = build_klein(cfg.model, expect=None)
+    options = sampling_of(klein, cfg.steps, cfg.cfg)
+    sampler = Sampler(build_conditioner(klein, cfg.model), batch=cfg.batch, **options)
+    return ClosedLoop(controller, sampler, retries=cfg.retries, seed=cfg.seed)

@@ -2,100 +2,123 @@
 
 Writes runs/<run>/{config.yaml, trajectories.jsonl, images/, closed_loop.json, pages/}: the trajectories have the format
 that training reads, the summary says for every goal why it ended and what it cost, and `pages/` shows each to people.
+The same command again draws the goals that an interrupted one has not, and those whose controller gave no reply.
 """
 
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
-import torch
 import transformers
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from clvr_train.data.sharegpt import write_trajectories
+from clvr_train.data.readers import load_trajectories
+from clvr_train.data.records import shown
+from clvr_train.data.sharegpt import FILE_NAME, write_trajectories
 from clvr_train.evaluation.html import trajectory_gallery, write_report
-from clvr_train.inference.closed_loop import run_closed_loop
-from clvr_train.models.qwen_vl import load_controller
-from clvr_train.models.sampler import Sampler
+from clvr_train.inference.closed_loop import Result, run_closed_loop
+from clvr_train.inference.loop import checked_goal
 from clvr_train.runtime.files import write_atomic
-from recipes._build import build_budget, build_conditioner, build_klein
+from recipes._build import build_budget, build_controller, build_loop
 from recipes._recipe import recipe, run_folder
 
 logger = logging.getLogger(__name__)
-MAX_GOAL = 20_000  # characters; more than any controller's window holds
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAVE_EVERY_S = 30.0
 
 
 def read_goals(cfg: DictConfig) -> list[tuple[str, str]]:
     """(id, text) of every goal that the config names.
 
     Raises:
-        ValueError: there is none, one is too long, or the file is no text.
+        ValueError: there is none, one is no goal (`inference.loop.checked_goal`), or the file is no text.
     """
-    texts = [(f"goals[{number}]", str(goal).strip()) for number, goal in enumerate(cfg.goals)]
+    texts = [(f"goals[{number}]", str(goal)) for number, goal in enumerate(cfg.goals)]
     if cfg.goals_file is not None:
         try:
             content = sys.stdin.buffer.read() if cfg.goals_file == "-" else Path(cfg.goals_file).read_bytes()
             lines = content.decode().splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{cfg.goals_file}: not a text file in UTF-8") from error
-        texts += [(f"{cfg.goals_file}:{number}", line.strip()) for number, line in enumerate(lines, start=1)]
+        texts += [(f"{cfg.goals_file}:{number}", line) for number, line in enumerate(lines, start=1)]
+    goals = []
     for place, text in texts:
-        if len(text) > MAX_GOAL:
-            raise ValueError(f"{place}: a goal of {len(text):,} characters; at most {MAX_GOAL:,} are read")
-    texts = [text for _, text in texts if text]
-    if not texts:
+        try:
+            goals += [checked_goal(text)] if text.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    if not goals:
         raise ValueError("there is no goal; give goals=[...] or goals_file=...")
-    return [(f"goal-{number:04d}", text) for number, text in enumerate(texts, start=1)]
+    return [(f"goal-{number:04d}", text) for number, text in enumerate(goals, start=1)]
+
+
+def ended_before(run: Path, goals: list[tuple[str, str]]) -> dict[str, Result]:
+    """Results of an earlier command on this run; not those whose controller gave no reply."""
+    if not (run / "closed_loop.json").exists():
+        return {}
+    rows = json.loads((run / "closed_loop.json").read_text(encoding="utf-8"))
+    drawn = {each.id: each for each in load_trajectories(run / FILE_NAME)} if any(r["images"] for r in rows) else {}
+    results = {}
+    for row in rows:
+        if row["goal"] != dict(goals).get(row["id"]):
+            raise ValueError(f"{run}: {row['id']} was another goal, {shown(row['goal'])}; choose another run=...")
+        if not row["stop_reason"].startswith("controller: "):
+            facts = row["stop_reason"], row["nfe"], tuple(row["turn_seconds"])
+            results[row["id"]] = Result(drawn.get(row["id"]), *facts)
+    return results
+
+
+def save(run: Path, goals: list[tuple[str, str]], results: dict[str, Result]) -> None:
+    """Writes trajectories and summary of the goals that have ended."""
+    ended = [(name, text, results[name]) for name, text in goals if name in results]
+    facts = {name: {"closed_loop": result.facts()} for name, _, result in ended}
+    write_trajectories(run, [r.trajectory for _, _, r in ended if r.trajectory is not None], facts)
+    rows = [{"id": name, "goal": text, **result.facts()} for name, text, result in ended]
+    write_atomic(run / "closed_loop.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_page(run: Path, name: str, goal: str, result: Result) -> None:
+    note = "{stop_reason}: {images} images, {nfe} network evaluations, {seconds} s".format(**result.facts())
+    galleries = [trajectory_gallery(result.trajectory, note)] if result.trajectory else []
+    page = run / "pages" / f"{name}.html"
+    write_report(page, title=goal, summary={}, curves={}, galleries=galleries, notes=[note])
 
 
 @recipe("run_closed_loop")
 def main(cfg: DictConfig) -> None:
-    if cfg.controller.precision not in PRECISIONS:
-        raise ValueError(f"controller.precision={cfg.controller.precision!r} is not one of {', '.join(PRECISIONS)}")
     goals, budget = read_goals(cfg), build_budget(cfg)
     run = run_folder(cfg)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    controller = load_controller(
-        Path(cfg.controller.folder),
-        device=cfg.controller.device,
-        dtype=PRECISIONS[cfg.controller.precision],
-        max_pixels=cfg.controller.max_pixels,
-        max_new_tokens=cfg.controller.max_new_tokens,
-        batch=cfg.controller.batch,
-    )
-    klein = build_klein(cfg.model, expect=None)
-    sampler = Sampler(build_conditioner(klein, cfg.model), steps=cfg.steps, cfg=cfg.cfg, batch=cfg.batch)
-    with tqdm(total=len(goals), desc="run_closed_loop") as bar:
-        results = run_closed_loop(
-            controller,
-            sampler.draw,
-            goals,
-            budget=budget,
-            retries=cfg.retries,
-            seed=cfg.seed,
-            nfe_per_image=sampler.nfe_per_image,
-            on_done=bar.update,
-        )
-    drawn = [result.trajectory for result in results if result.trajectory is not None]
-    write_trajectories(run, drawn)
-    rows = [
-        {"id": name, "goal": text, "stop_reason": r.stop_reason, "nfe": r.nfe, "seconds": round(r.seconds, 3),
-         "turn_seconds": [round(seconds, 3) for seconds in r.turn_seconds],
-         "images": len(r.trajectory.images) if r.trajectory else 0}
-        for (name, text), r in zip(goals, results, strict=True)
-    ]  # fmt: skip
+    results = ended_before(run, goals)
+    to_do = [(name, text) for name, text in goals if name not in results]
+    loop = build_loop(cfg, build_controller(cfg.controller))
     (run / "pages").mkdir(exist_ok=True)
-    for row, result in zip(rows, results, strict=True):
-        note = "{stop_reason}: {images} images, {nfe} network evaluations, {seconds} s".format(**row)
-        galleries = [trajectory_gallery(result.trajectory, note)] if result.trajectory else []
-        page = run / "pages" / f"{row['id']}.html"
-        write_report(page, title=row["goal"], summary={}, curves={}, galleries=galleries, notes=[note])
-    write_atomic(run / "closed_loop.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    logger.info("%d of %d goals drawn, in %s", len(drawn), len(goals), run)
+    saved = time.monotonic()
+
+    def keep(name: str, result: Result) -> None:
+        nonlocal saved
+        results[name] = result
+        write_page(run, name, dict(goals)[name], result)
+        if time.monotonic() - saved > SAVE_EVERY_S:
+            save(run, goals, results)
+            saved = time.monotonic()
+
+    with tqdm(total=len(goals), initial=len(results), desc="run_closed_loop") as bar:
+        draw, options = loop.sampler.draw, loop.options
+        try:
+            run_closed_loop(loop.controller, draw, to_do, budget=budget, active=cfg.active, on_done=bar.update,
+                            on_result=keep, **options)  # fmt: skip
+        finally:
+            if results:
+                save(run, goals, results)
+    drawn = sum(result.trajectory is not None for result in results.values())
+    logger.info("%d of %d goals drawn, in %s", drawn, len(goals), run)
+    lost = [result.stop_reason for result in results.values() if result.stop_reason.startswith("controller: ")]
+    if lost:
+        logger.warning("%d goals got no reply (%s); the same command again draws them", len(lost), lost[0])
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _rounds(values: list[str], num_images: int) -> list[tuple[str, str]]:
     """(reasoning, action) of every round, once the turns are found to follow the grammar."""
     if len(values) < 2:
         raise FieldError("conversations", "needs a goal (human) and at least one round (gpt)", "no_rounds")
-    _check_goal(values[0], _where(0))
+    check_goal(values[0], _where(0))
     rounds: list[tuple[str, str]] = []
     number = 0
     for index in range(1, len(values), 2):
@@ -175,7 +175,8 @@ def _rounds(values: list[str], num_images: int) -> list[tuple[str, str]]:
     return rounds
 
 
-def _check_goal(goal: str, field: str) -> None:
+def check_goal(goal: str, field: str) -> None:
+    """Refuse a goal that holds what only images and rounds have. Raises `FieldError`."""
     if IMAGE_TURN in goal:
         message = f"the goal holds {IMAGE_TURN}; images follow the round that drew them"
         raise FieldError(field, message, "image_marker")
@@ -233,7 +234,7 @@ def to_record(trajectory: Trajectory, images: Sequence[object]) -> dict:
     """
     check_text(trajectory.id, "id")
     check_text(trajectory.goal, "goal")
-    _check_goal(trajectory.goal, "goal")
+    check_goal(trajectory.goal, "goal")
     turns = [{"from": "human", "value": trajectory.goal}]
     number = 0
     for index, step in enumerate(trajectory.steps, start=1):

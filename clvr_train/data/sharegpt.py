@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -68,13 +68,18 @@ def _path_twice(folder: Path, value: object, field: str) -> tuple[Path, Path]:
 # ---------------------------------------------------------------------------- writing
 
 
-def write_trajectories(folder: Path, trajectories: Iterable[Trajectory]) -> int:
+def write_trajectories(
+    folder: Path, trajectories: Iterable[Trajectory], facts: Mapping[str, Mapping] | None = None
+) -> int:
     """Write `trajectories.jsonl` and the images beside it, and return how many trajectories there were.
 
     An image that lies in a file keeps its bytes, a decoded one becomes a PNG. `trajectories.jsonl` appears, or replaces
     an older one, only once the last record is written: who finds it finds all of it. No image file that is there is
     changed: where its name is taken by other bytes, an image gets a name with their hash. A call that fails leaves
     what it found; a killed one at most `trajectories.jsonl.tmp` and image files besides.
+
+    Args:
+        facts: by id, what else a record says; readers pass over fields that are not of the grammar.
 
     Raises:
         DataError: if an id comes twice, a text breaks the protocol, or an image is unreadable or of no use.
@@ -92,6 +97,7 @@ def write_trajectories(folder: Path, trajectories: Iterable[Trajectory]) -> int:
                     record = _write_images(folder, trajectory, made)
                 except FieldError as error:
                     raise DataError.at(folder / FILE_NAME, number, error) from error
+                record |= (facts or {}).get(trajectory.id, {})
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

@@ -147,6 +147,13 @@ def test_run_closed_loop_writes_a_row_for_every_goal(
     (run_closed_loop, ["controller.folder=x", "goals_file=long.txt"], "long.txt:2: a goal of 10,000,000 characters"),
     (run_closed_loop, ["controller.folder=x", "goals=[y]", "max_nfe=0"], "max_nfe=0: must be at least 1"),
     (run_closed_loop, ["controller.folder=x", "goals=[y]"], "x/config.json: no such file"),
+    (run_closed_loop, ["controller.folder=x", "goals=['<image>']"], "goals[0]: goal: the goal holds <image>"),
+    (run_closed_loop, ["controller.folder=x", "goals_file=empty.txt"], "there is no goal"),
+    (run_closed_loop, ["goals=[y]"], "give controller.folder=FOLDER, or controller.url=URL"),
+    (run_closed_loop, ["goals=[y]", "controller.folder=x", "controller.url=http://x/v1"], "give controller.folder="),
+    (run_closed_loop, ["goals=[y]", "controller.url=http://x/v1"], "the name under which the server knows the model"),
+    (run_closed_loop, ["goals=[y]", "controller.url=ftp://x", "controller.model=m"], "url: http://host:port/v1 or"),
+    (run_closed_loop, ["goals=[y]", "controller.folder=x", "controller.precision=fp8"], "'fp8' is not one of fp32, bf16"),
 ])
 def test_bad_input_is_one_line(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command, arguments, message
@@ -157,6 +164,7 @@ def test_bad_input_is_one_line(
         write_trajectories(broken, make_trajectories(1, 0, "train"))
         next((broken / "images").iterdir()).unlink()
         (place / "long.txt").write_text("a goal\n" + "x" * 10_000_000)
+        (place / "empty.txt").write_text("")
     first = TRAIN if command is train_vlm else []
     with pytest.raises(SystemExit) as end:
         command([*first, "run=bad", *arguments])
