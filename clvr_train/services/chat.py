@@ -194,18 +194,39 @@ class ChatClient:
         """Whether the server lists its models; if so, requests that were held back go through again."""
         return self._submit(self._health()).result()
 
+    def models(self) -> list[str]:
+        """What the server calls its models; none if it does not say so in OpenAI's form.
+
+        Raises:
+            ChatError: it does not list them; with the reason.
+        """
+        return self._submit(self._models()).result()
+
     def _submit(self, coroutine: Any) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _health(self) -> bool:
         try:
-            async with asyncio.timeout(self.options.attempt_s):
-                status, _, _ = await self._send(self._for_health, "GET", "/models", None)
-        except (TimeoutError, httpx.TransportError, ChatError):
+            await self._models()
+        except ChatError:
             return False
-        if status == 200:
-            self._failures, self._open_until, self._not_before = 0, 0.0, 0.0
-        return status == 200
+        self._failures, self._open_until, self._not_before = 0, 0.0, 0.0
+        return True
+
+    async def _models(self) -> list[str]:
+        try:
+            async with asyncio.timeout(self.options.attempt_s):
+                status, _, body = await self._send(self._for_health, "GET", "/models", None)
+        except TimeoutError:
+            raise ChatError(f"no reply within {self.options.attempt_s:g} s") from None
+        except httpx.TransportError as error:
+            raise ChatError(self._clean(f"no connection: {type(error).__name__} {error}")) from None
+        if status != 200:
+            raise ChatError(self._clean(f"HTTP {status}: {body[:1000].decode('utf-8', 'replace')}"))
+        try:
+            return [str(model["id"]) for model in strict_json(body.decode())["data"]]
+        except (ValueError, TypeError, KeyError):
+            return []
 
     async def _request(self, payload: bytes) -> tuple[str, str]:
         """The text of the reply and why it cannot be used (empty: it can), within limit, deadline and circuit breaker.
