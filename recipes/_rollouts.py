@@ -15,6 +15,7 @@ from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, adapter_weights
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.ledger import Ledger, policy_hash, replayed
+from clvr_train.pprl.merged import hold_back
 from clvr_train.pprl.rollout import NOT_JUDGED, Group, judge_missing, new_groups, roll_out, show
 from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.proxy.prompts import read_proxy_prompts
@@ -74,7 +75,10 @@ def _shapes_prompts(samples: Sequence[Sample]) -> dict[tuple[str, int], ProxyPro
 
 
 class Rollouts:
-    """Where the groups of an epoch come from: drawn, or from the ledger of this run or of another (`replay`)."""
+    """Where the groups of an epoch come from: drawn, or from the ledger of this run or of another (`replay`).
+
+    `tasks` are those that are trained on, `validation` those held back for the evaluation of the merge.
+    """
 
     def __init__(self, cfg: DictConfig, run: Path, reward: Reward, sampler: Sampler, world: World) -> None:
         self.cfg, self.reward, self.sampler, self.world = cfg, reward, sampler, world
@@ -83,12 +87,13 @@ class Rollouts:
         if cfg.rejudge and self._source is None:
             raise ValueError("rejudge=true: needs replay=...")
         tasks = build_tasks(cfg, reward.judge)
+        self.tasks, self.validation = hold_back(tasks, cfg.merged.num if cfg.merged.every else 0, cfg.seed)
         if self._source is None:
-            self._mix = TaskMix(tasks, t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
+            self._mix = TaskMix(self.tasks, t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
             return
-        self._tasks: dict[tuple[str, int], list[Task]] = {}
+        self._by_key: dict[tuple[str, int], list[Task]] = {}
         for task in tasks:
-            self._tasks.setdefault(task.sample.key, []).append(task)
+            self._by_key.setdefault(task.sample.key, []).append(task)
         self._epochs = self._source.epochs()
         if len(self._epochs) < cfg.pprl.epochs:
             raise ValueError(
@@ -111,7 +116,7 @@ class Rollouts:
     def _replayed(self, epoch: int) -> tuple[list[Group], list[Group]]:
         where = f"{self._source.folder}: epoch {self._epochs[epoch]}"
         entries = self._source.entries(self._epochs[epoch])
-        groups = [replayed(entry, self._tasks, where) for entry in entries]
+        groups = [replayed(entry, self._by_key, where) for entry in entries]
         own = self.world.share(groups)
         for group, entry in zip(own, self.world.share(entries), strict=True):
             group.x0 = self._source.tokens(entry)
@@ -134,9 +139,13 @@ class Rollouts:
         if self._source is not None:
             return {"replay": str(self._source.folder)}
         klein, sampler = self.sampler.conditioner.klein, self.sampler
-        size_px = list(sampler.conditioner.size_px)
-        policy = policy_hash(adapter_weights(klein.transformer, OLD))
-        return {"policy": policy, "steps": sampler.steps, "cfg": sampler.cfg, "size_px": size_px, "window": klein.window}
+        return {
+            "policy": policy_hash(adapter_weights(klein.transformer, OLD)),
+            "steps": sampler.steps,
+            "cfg": sampler.cfg,
+            "size_px": list(sampler.conditioner.size_px),
+            "window": klein.window,
+        }
 
 
 def ledger_folder(replay: str) -> Path:

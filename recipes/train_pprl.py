@@ -34,6 +34,7 @@ from clvr_train.models.blocks import set_checkpointing
 from clvr_train.models.klein import save_klein
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.record import RolloutRecord, load_policies, policy_tensors
+from clvr_train.pprl.reward_stats import reward_statistics
 from clvr_train.pprl.rollout import gather_scores, rollout_metrics, set_advantages
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.pprl.waiting import wait_for_scores
@@ -43,6 +44,7 @@ from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
 from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_klein, is_finished
+from recipes._guard import Guard
 from recipes._recipe import recipe, run_folder
 from recipes._rollouts import Rollouts
 from recipes._services import REWARD_KEYS, Reward, build_reward
@@ -77,15 +79,21 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
 
     with ExitStack() as stack:
         sigterm = stack.enter_context(Deferral(world))
+        guard = Guard(cfg, run, rollouts, engine, stack)
         saver = stack.enter_context(Saver(run / "checkpoints"))
         saved = engine.resume(saver)
         if saved is not None:
             load_policies(transformer, saved[1])
+            guard.load(saved[1])
         resume = saved[0] if saved else None
         metrics = record = None
         if world.first:
             metrics = stack.enter_context(Metrics(run, resume, wandb=cfg.logger.wandb))
             record = stack.enter_context(RolloutRecord(run, resume))
+
+        def save(epoch: int) -> None:
+            engine.save(saver, epoch, policy_tensors(transformer) | guard.state())
+
         done = range(resume or 0, cfg.pprl.epochs)
         for epoch in tqdm(done, desc="train_pprl", initial=resume or 0, total=cfg.pprl.epochs, disable=not world.first):
             world.phase = f"epoch {epoch + 1}: rollouts"
@@ -96,7 +104,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 reward,
                 max_missing=cfg.reward.max_missing,
                 healthy=reward.healthy,
-                save=lambda epoch=epoch: (engine.save(saver, epoch, policy_tensors(transformer)), saver.wait()),
+                save=lambda epoch=epoch: (save(epoch), saver.wait()),
                 ended=lambda: sigterm.pending,
                 wait_s=cfg.reward.wait_s,
                 workers=reward.workers,
@@ -125,21 +133,24 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 epoch=epoch,
                 anchor_share=cfg.pprl.anchor_share,
             )
-            values = rollout_metrics(groups) | summed(world, reward.counts()) | {"items": len(items)}
+            values = rollout_metrics(groups) | reward_statistics(groups) | summed(world, reward.counts())
+            values["items"] = len(items)
             for part in range(cfg.pprl.steps_per_epoch):
                 chunk = items[part :: cfg.pprl.steps_per_epoch]
                 if chunk:
                     values |= backward_nft(conditioner, chunk, options, cfg.pprl.micro_batch, engine)
                     values |= engine.step({"epoch": epoch})
             decay = old_decay(engine.steps, cfg.pprl.old_schedule)
+            values |= guard.look(epoch + 1, groups, values, decay)
             blend_(parameters(transformer, OLD), parameters(transformer, POLICY), decay)
             blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             if world.first:
                 metrics.log(epoch + 1, **values, old_decay=decay)
                 record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
+            guard.act(epoch + 1)
             ending = sigterm.asked()
             if ending or epoch + 1 == cfg.pprl.epochs or (epoch + 1) % cfg.pprl.save_every == 0:
-                engine.save(saver, epoch + 1, policy_tensors(transformer))
+                save(epoch + 1)
             if ending:
                 saver.wait()
                 sigterm.deliver()

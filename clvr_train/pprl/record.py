@@ -1,6 +1,7 @@
 """What PPRL leaves behind: `rollouts.jsonl`, grids of rollouts, and the state of the policies."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -77,18 +78,24 @@ class RolloutRecord:
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         if images:
-            self._save_grid(epoch, groups)
+            save_grid(self._run / "samples" / f"epoch-{epoch:05d}.png", [_best_first(group) for group in groups])
 
-    def _save_grid(self, epoch: int, groups: list[Group]) -> None:
-        groups = [group for group in groups if group.images]  # those that this rank has drawn
-        if not groups:
-            return
-        width, height = groups[0].images[0].size
-        columns = max(len(group.images) for group in groups)
-        grid = Image.new("RGB", (columns * (width + 2), len(groups) * (height + 2)), "white")
-        for row, group in enumerate(groups):
-            order = sorted(range(len(group.images)), key=lambda k: -(group.scores[k].value or 0.0))
-            for column, k in enumerate(order):
-                grid.paste(group.images[k], (column * (width + 2), row * (height + 2)))
-        (self._run / "samples").mkdir(exist_ok=True)
-        grid.save(self._run / "samples" / f"epoch-{epoch:05d}.png")
+
+def _best_first(group: Group) -> list[Image.Image]:
+    """The images of a group that this rank has drawn."""
+    order = sorted(range(len(group.images or ())), key=lambda k: -(group.scores[k].value or 0.0))
+    return [group.images[k] for k in order]
+
+
+def save_grid(file: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
+    """Writes images as a PNG, row by row; nothing if there are none."""
+    rows = [row for row in rows if row]
+    if not rows:
+        return
+    width, height = (max(getattr(image, side) for row in rows for image in row) for side in ("width", "height"))
+    grid = Image.new("RGB", (max(map(len, rows)) * (width + 2), len(rows) * (height + 2)), "white")
+    for number, row in enumerate(rows):
+        for column, image in enumerate(row):
+            grid.paste(image, (column * (width + 2), number * (height + 2)))
+    file.parent.mkdir(exist_ok=True)
+    grid.save(file)

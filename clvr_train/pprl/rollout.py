@@ -144,19 +144,15 @@ def set_advantages(
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Mean reward (all, text-to-image, editing, and of every dimension as `part_<name>`), spread within groups, shares
-    of flat and dropped groups and of missing scores.
+    """Mean reward of text to image and of editing, spread within groups, shares of flat and dropped groups and of
+    missing scores, and the network evaluations; `pprl.reward_stats` has more of the rewards.
     """
-    by_kind: dict[str, list[float]] = {"reward": [], "reward_t2i": [], "reward_edit": []}
+    by_kind: dict[str, list[float]] = {"reward_t2i": [], "reward_edit": []}
     spreads, flat = [], 0
     for group in groups:
         values = [score.value for score in group.scores if score.value is not None]
         flat += is_flat([score.value for score in group.scores])
-        by_kind["reward"] += values
         by_kind["reward_edit" if group.task.sample.references else "reward_t2i"] += values
-        for score in group.scores:
-            for name in score.weights:
-                by_kind.setdefault(f"part_{name}", []).append(score.parts[name])
         if values:
             mean = sum(values) / len(values)
             spreads.append((sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5)
@@ -164,5 +160,5 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if spreads:
         metrics["reward_std_in_group"] = sum(spreads) / len(spreads)
     dropped = sum(all(a is None for a in group.advantages) for group in groups) / len(groups)
-    shares = {"flat_groups": flat / len(groups), "dropped_groups": dropped}
-    return metrics | shares | {"missing_scores": missing_share(groups)}
+    shares = {"flat_groups": flat / len(groups), "dropped_groups": dropped, "missing_scores": missing_share(groups)}
+    return metrics | shares | {"nfe": sum(group.nfe for group in groups)}

@@ -10,6 +10,7 @@ from clvr_train.method.score import ProxyPrompt, Score, weighted_mean
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.sampler import Sampler
+from clvr_train.pprl.reward_stats import reward_statistics
 from clvr_train.pprl.rollout import Group, judge_missing, new_groups, roll_out, rollout_metrics, set_advantages
 from clvr_train.pprl.tasks import Task
 from clvr_train.pprl.waiting import MAX_TRIES, wait_for_scores
@@ -76,7 +77,8 @@ def test_mixing_by_dimensions_and_what_is_counted():
     assert found["weighted"] < -0.9 and abs(found["normalised"]) < 1  # the second dimension is as wide as the first
     metrics = rollout_metrics(groups)
     assert metrics["dropped_groups"] == 0.5 and metrics["missing_scores"] == 0.5
-    assert metrics["part_a"] == pytest.approx(0.5) and metrics["part_b"] == pytest.approx(0.8)
+    means = reward_statistics(groups)
+    assert means["part_a"] == pytest.approx(0.5) and means["part_b"] == pytest.approx(0.8)
 
 
 class Judges:

@@ -15,7 +15,7 @@ from tests.recipes.conftest import ROOT
 COMMON = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=3", "rollout.steps=2",
           "rollout.groups=3", "rollout.group_size=3", "pprl.t2i_share=0.5", "pprl.num_times=1", "pprl.beta_kl=0.01",
           "pprl.time_range=[0,1]", "pprl.steps_per_epoch=2", "pprl.micro_batch=2", "pprl.old_schedule=on_policy",
-          "pprl.save_every=1", "pprl.grid_every=1", "rollout.batch=4"]  # fmt: skip
+          "pprl.save_every=1", "pprl.grid_every=1", "rollout.batch=4", "sentinel.probe=0"]  # fmt: skip
 ATOL = 2e-5  # of a LoRA whose factors move by about 1e-3 a step
 
 
@@ -121,3 +121,37 @@ def test_engines_that_a_lora_has_no_use_for(here, capsys):
         with pytest.raises(SystemExit) as end:
             train_pprl.main([*COMMON, "run=refused", key])
         assert end.value.code == 1 and "train_pprl keeps whole base weights" in capsys.readouterr().err
+
+
+GUARDED = [*COMMON, "pprl.epochs=8", "sentinel.probe=2", "sentinel.action=roll_back", "sentinel.baseline=2",
+           "sentinel.dead_for=3", "sentinel.patience=2", "sentinel.max_rollbacks=1", "sentinel.limits.flat=0",
+           "merged.every=2", "merged.base=base", "merged.num=4"]  # fmt: skip
+
+
+def test_a_signal_beyond_its_limit_warns_then_rolls_back_then_stops(here, capsys, caplog):
+    """With a limit of 0 the contrast counts as dead from the first epoch on: three in a row warn."""
+    guarded = [*GUARDED, f"merged.distilled={ROOT / 'models' / 'shapes' / 'distilled'}"]
+    with pytest.raises(SystemExit) as end:
+        train_pprl.main([*guarded, "run=guarded"])
+    run, said = here / "guarded", capsys.readouterr().err
+    assert end.value.code == 1 and not (run / "model").exists()
+    assert "epoch 8: the sentinel ends the run: contrast dead" in said and "the state after epoch 6, the last" in said
+    assert "epoch 4: rolled back to the state after epoch 2" in caplog.text
+    rows = lines(run)
+    assert [row["sentinel"] for row in rows] == [0, 0, 1, 2, 0, 0, 1, 2]
+    assert ["merged_score" in row for row in rows] == [False, True] * 4
+    assert all("velocity_ratio" in row and "diversity" in row for row in rows)
+    assert (run / "samples" / "merged-00002.png").exists()
+    noted = lines(run, "sentinel.jsonl")
+    assert [(row["epoch"], row["state"], row["action"]) for row in noted] == [
+        (3, "warned", None), (4, "act", "roll_back"), (7, "warned", None), (8, "act", "stop")
+    ]  # fmt: skip
+
+
+def test_what_plays_no_part_in_the_training_is_held_back(here):
+    """Trajectories of the merge's evaluation give no rollouts; a healthy run ends with its model."""
+    distilled = f"merged.distilled={ROOT / 'models' / 'shapes' / 'distilled'}"
+    train_pprl.main([*GUARDED, distilled, "run=healthy", "sentinel.limits.flat=null", "pprl.epochs=3"])
+    run = here / "healthy"
+    assert [row["sentinel"] for row in lines(run)] == [0, 0, 0] and (run / "model").exists()
+    assert (run / "healthy" / "latest").exists() and not (run / "sentinel.jsonl").exists()
