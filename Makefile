@@ -33,7 +33,7 @@ ablation: $(READY)
 # Installed again only when the requirements change, so later runs need no network.
 $(READY): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,serve,notebooks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,serve,notebooks,web]'
 	touch $@
 
 .venv: $(READY)
