@@ -1,12 +1,11 @@
-"""The watch over PPRL: compares every epoch's signals with what was normal, warns, then stops or rolls back.
+"""The watch over PPRL: compares every epoch's signals with what is normal, warns, then stops or rolls back.
 
-Signals come from `pprl.signals`, or from the loop under the names below. The first healthy epochs say what is normal.
-A verdict depends on the signals alone, so that all ranks come to the same one.
+Signals come from `pprl.signals` and `pprl.merged`. A verdict depends on them alone, and they are the same on all ranks.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,19 @@ FILE = "sentinel.jsonl"
 class Limits:
     """What is still normal of each signal; None: it is not looked at.
 
-    `held_out`: a fall below its best while the training reward is no lower than it was then: the main alarm.
-    `merged_score`: a fall below its best. `agreement`: at least. `diversity`: at least this share of the baseline.
-    `high_frequency`, `saturation`: at most so many times the baseline, and at least one part in so many of it.
+    `held_out`: a fall below its best while the training reward of the same pictures is no lower than it was then: the
+    main alarm. `merged_score`: a fall below its best. `saturation`, `high_frequency`: at most so many times what the
+    reference's pictures have, and at least one part in so many of it. `diversity`: at least this share of the baseline.
     `velocity_ratio`: at most so far from 1. `off_policy`, `r_saturated`: at most.
     `flat` (contrast dead): below, and `sampler_step` (sampler frozen): above, not to be otherwise for `dead_for` epochs
     in a row. `held_out_missing`: at most; it warns and never acts.
     """
 
-    held_out: float | None = 0.05
+    held_out: float | None = 0.04
     merged_score: float | None = 0.1
-    agreement: float | None = -0.25
-    diversity: float | None = 0.5
+    saturation: float | None = 1.12
     high_frequency: float | None = 2.0
-    saturation: float | None = 1.5
+    diversity: float | None = 0.5
     velocity_ratio: float | None = 0.25
     off_policy: float | None = 0.5
     r_saturated: float | None = 0.5
@@ -47,13 +45,12 @@ class Limits:
 
 
 LIMITS = tuple(field.name for field in fields(Limits))
-FACTORS, MOST, LASTING, SILENT = (
-    ("high_frequency", "saturation"),
+RATIOS, MOST, LASTING, SILENT = (
+    ("saturation", "high_frequency"),
     ("off_policy", "r_saturated", "held_out_missing"),
     ("flat", "sampler_step"),
     ("held_out_missing",),
 )
-FALLING = ("held_out", "merged_score")
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,11 @@ class Sentinel:
 
     Args:
         action: what is done in the end: `warn` (nothing but warnings), `stop`, or `roll_back`.
-        baseline: how many values of a signal say what is normal; until then only fixed limits hold for it.
-        window: the mean of so many values is compared, since one epoch says little.
         patience: so many values in a row of one signal beyond its limit are an `act`; the ones before it warn.
-        deviations: limits against the baseline are at least so many of its standard deviations away from its mean, and
-            a fall is at least so many standard errors.
+        baseline, window: the diversity is normal in its first so many healthy epochs; the mean of so many of its newest
+            values is compared.
+        deviations: a fall of `held_out` is at least so many of its standard errors, and one of the diversity so many
+            standard deviations of its baseline.
         dead_for: epochs, see `Limits`.
         max_rollbacks: one more is a stop.
 
@@ -99,8 +96,8 @@ class Sentinel:
         limits: Limits | None = None,
         baseline: int = 5,
         window: int = 3,
-        patience: int = 3,
-        deviations: float = 2.0,
+        patience: int = 2,
+        deviations: float = 1.5,
         dead_for: int = 5,
         max_rollbacks: int = 2,
     ) -> None:
@@ -116,38 +113,29 @@ class Sentinel:
         self.deviations, self.dead_for, self.max_rollbacks = deviations, dead_for, max_rollbacks
         self.rollbacks = 0
         self.kept: int | None = None  # the epoch of the last healthy checkpoint
-        self._normal: dict[str, list[float]] = {}
-        self._recent: dict[str, list[float]] = {}
-        self._best: dict[str, list[float]] = {}  # of a score that must not fall: its best mean, the reward's mean then
+        self._normal: list[float] = []  # diversities
+        self._recent: list[float] = []
+        self._best: dict[str, list[float]] = {}  # of a score that must not fall: its best, and the reward then
         self._streak: dict[str, int] = {}
-        self._healthy = True
+        self._warned = False
 
     def observe(self, values: Mapping[str, float]) -> Verdict:
         """The verdict on an epoch. A signal that was not measured stays as it was, its warning included.
 
         Args:
-            values: signals by name, and `reward` wherever a score that must not fall is among them; other names are
-                passed over, so that it may be the whole line of the log.
+            values: signals by name, of `signals.rollout_signals`, `signals.Probe` and `merged.MergedEvaluation`; other
+                names are passed over, so that it may be the whole line of the log.
         """
-        values = {name: float(values[name]) for name in LIMITS if name in values} | {
-            _reward_at(name): float(values["reward"]) for name in FALLING if name in values
-        }
         found: dict[str, str] = {}
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._recent[name] = [*self._recent.get(name, []), value][-self.window :]
-            else:
-                found[name] = f"{name} is {value}"
-        for name in LIMITS:
-            limit = getattr(self.limits, name)
-            if name in values and name not in found and limit is not None:
-                message = self._beyond(name, values[name], limit)
-                found |= {name: message} if message else {}
-        for name, value in values.items():
-            self._streak[name] = self._streak.get(name, 0) + 1 if name in found else 0
-            normal = self._normal.setdefault(name, [])
-            if not found and len(normal) < self.baseline:
-                normal.append(value)
+        known = [name for name in LIMITS if name in values and getattr(self.limits, name) is not None]
+        for name in known:
+            if not math.isfinite(values[name]):
+                found[name] = f"{name} is {values[name]}"
+            elif message := self._beyond(name, values, getattr(self.limits, name)):
+                found[name] = f"{message} (sentinel.limits.{name}={getattr(self.limits, name):g})"
+        self._streak |= {name: self._streak.get(name, 0) + 1 if name in found else 0 for name in known}
+        if not found and "diversity" in values and len(self._normal) < self.baseline:
+            self._normal.append(float(values["diversity"]))
         return self._verdict(found)
 
     def _verdict(self, found: Mapping[str, str]) -> Verdict:
@@ -157,7 +145,7 @@ class Sentinel:
             name for name in warned
             if name not in SILENT and self._streak[name] >= first[name] + self.patience - 1
         ]  # fmt: skip
-        self._healthy = not warned
+        self._warned = bool(warned)
         messages = tuple(found.get(name, f"{name}: as at its last measurement") for name in warned)
         if not acting:
             return Verdict(WARNED if warned else HEALTHY, messages)
@@ -166,89 +154,75 @@ class Sentinel:
         out = self.action == "roll_back" and (self.rollbacks >= self.max_rollbacks or self.kept is None)
         return Verdict(ACT, messages, "stop" if out else self.action)
 
-    def _beyond(self, name: str, value: float, limit: float) -> str:
-        """What is wrong with the newest value of a signal; empty for nothing."""
-        recent = self._recent[name]
-        mean = math.fsum(recent) / len(recent)
-        where = f"(sentinel.limits.{name}={limit:g})"
-        if name in FALLING:
-            return self._fall(name, mean, limit, where)
+    def _beyond(self, name: str, values: Mapping[str, float], limit: float) -> str:
+        """What is wrong with a signal; empty for nothing."""
+        value = float(values[name])
+        if name == "held_out":
+            error, reward = values.get("held_out_error", 0.0), values.get("probe_reward", 0.0)
+            best = self._best.setdefault(name, [0.0, 0.0])  # changes, so 0 is the reference
+            fall = self._fall(name, value, reward)
+            text = f"{name} has fallen by {fall:.3g} while the reward has risen by {reward - best[1]:.3g}"
+            return text * (fall > max(limit, self.deviations * error) and reward >= best[1])
+        if name == "merged_score":
+            fall = self._fall(name, value, 0.0)
+            return f"{name} {value:.4g} is {fall:.3g} below its best" * (fall > limit)
         if name == "flat":
-            return f"contrast dead: {value:.3g} of the groups are flat, at least {limit:g} {where}" * (value >= limit)
+            return f"contrast dead: {value:.3g} of the groups are flat, at least {limit:g}" * (value >= limit)
         if name == "sampler_step":
-            return f"sampler frozen: sampler_step {value:.3g} is at most {limit:g} {where}" * (value <= limit)
+            return f"sampler frozen: {name} {value:.3g} is at most {limit:g}" * (value <= limit)
         if name == "velocity_ratio":
-            return f"{name} {value:.4g} is more than {limit:g} from 1 {where}" * (abs(value - 1) > limit)
+            return f"{name} {value:.4g} is more than {limit:g} from 1" * (abs(value - 1) > limit)
+        if name in RATIOS:
+            text = f"{name} is {value:.3g} times that of the reference's pictures"
+            return text * (not 1 / limit <= value <= limit)
         if name in MOST:
-            return f"{name} {value:.3g} is above {limit:g} {where}" * (value > limit)
-        if len(self._normal.get(name, [])) < self.baseline:
-            return ""
-        if name == "agreement":
-            return f"{name} {mean:.3g} of the judges is below {limit:g} {where}" * (mean < limit)
-        normal, deviation = _statistics(self._normal[name])
-        width = self.deviations * deviation
-        low = min(normal * limit if name == "diversity" else normal / limit, normal - width)
-        high = max(normal * limit, normal + width) if name in FACTORS else math.inf
-        side = f"below {low:.4g}" * (mean < low) or f"above {high:.4g}" * (mean > high)
-        return f"{name} {mean:.4g} is {side}, baseline {normal:.4g} {where}" * bool(side)
+            return f"{name} {value:.3g} is above {limit:g}" * (value > limit)
+        return self._narrow(value, limit)
 
-    def _fall(self, name: str, mean: float, limit: float, where: str) -> str:
-        """Whether a score has fallen below its best, and for the held-out one, whether the training reward has not."""
-        normal, rewards = self._normal.get(name, []), self._recent[_reward_at(name)]
-        if len(normal) < self.baseline:
+    def _fall(self, name: str, value: float, reward: float) -> float:
+        """How far a score is below its best, which is kept with the reward at that time."""
+        best = self._best.setdefault(name, [value, reward])
+        if value > best[0]:
+            best[:] = value, reward
+        return best[0] - value
+
+    def _narrow(self, diversity: float, limit: float) -> str:
+        """Whether groups have become alike, against the baseline."""
+        self._recent = [*self._recent, diversity][-self.window :]
+        if len(self._normal) < self.baseline:
             return ""
-        (start, deviation), reward = _statistics(normal), math.fsum(rewards) / len(rewards)
-        best = self._best.setdefault(name, [start, _statistics(self._normal[_reward_at(name)])[0]])
-        if mean > best[0] and len(self._recent[name]) == self.window:
-            best[:] = mean, reward
-        limit = max(limit, self.deviations * deviation * math.sqrt(1 / self.baseline + 1 / self.window))
-        if best[0] - mean <= limit or (name == "held_out" and reward < best[1]):
-            return ""
-        return (
-            f"{name} {mean:.4g} is more than {limit:.3g} below its best {best[0]:.4g}, while reward has gone from "
-            f"{best[1]:.4g} to {reward:.4g} {where}"
-        )
+        mean, normal = (math.fsum(values) / len(values) for values in (self._recent, self._normal))
+        squares = math.fsum((value - normal) ** 2 for value in self._normal)
+        low = min(limit * normal, normal - self.deviations * math.sqrt(squares / (self.baseline - 1)))
+        return f"diversity {mean:.3g} is below {low:.3g}, at first it was {normal:.3g}" * (mean < low)
 
     @property
-    def looks_closely(self) -> bool:
-        """Whether all signals are asked for in the next epoch, rare ones too: the baseline is not complete, or a
-        warning is up.
-        """
-        return not self._healthy or any(len(normal) < self.baseline for normal in self._normal.values() or [[]])
+    def warned(self) -> bool:
+        """Whether a warning is up: the loop then measures all that it can in every epoch."""
+        return self._warned
 
     def keeps(self, epoch: int, every: int) -> bool:
         """Whether the state after an epoch (from 1), just observed, is to be kept as a healthy one: no warning is up,
         and there is none yet, or `every` divides the epoch.
         """
-        return self._healthy and (self.kept is None or epoch % every == 0)
+        return not self._warned and (self.kept is None or epoch % every == 0)
 
     def rolled_back(self) -> None:
         """To be called once the healthy checkpoint is loaded: what was recent is forgotten, the baseline stays."""
         self.rollbacks += 1
-        self._recent, self._streak, self._healthy = {}, {}, True
+        self._recent, self._streak, self._warned = [], {}, False
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, texts, lists and dicts that JSON gives back unchanged."""
-        names = ("rollbacks", "kept", "_normal", "_recent", "_best", "_streak", "_healthy")
+        names = ("rollbacks", "kept", "_normal", "_recent", "_best", "_streak", "_warned")
         return json.loads(json.dumps({name.strip("_"): getattr(self, name) for name in names}))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`."""
         state = json.loads(json.dumps(state))
-        self.rollbacks, self.kept, self._healthy = state["rollbacks"], state["kept"], state["healthy"]
+        self.rollbacks, self.kept, self._warned = state["rollbacks"], state["kept"], state["warned"]
         self._normal, self._recent, self._best = state["normal"], state["recent"], state["best"]
         self._streak = state["streak"]
-
-
-def _reward_at(name: str) -> str:
-    """Under which name the training rewards of the epochs are kept in which a signal was measured."""
-    return f"reward_at_{name}"
-
-
-def _statistics(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (ddof 1)."""
-    mean = math.fsum(values) / len(values)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))
 
 
 def as_tensor(state: Mapping[str, Any]) -> Tensor:

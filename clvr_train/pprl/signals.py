@@ -1,8 +1,8 @@
-"""What the sentinel looks at: rollouts of an epoch, and velocities on a fixed probe (`pprl.sentinel` judges them)."""
+"""What the sentinel looks at: rollouts of an epoch, and a fixed probe of the policy (`pprl.sentinel` judges both)."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,16 +12,16 @@ from torch import Tensor
 from clvr_train.method.advantage import is_flat
 from clvr_train.method.flow import inference_times, interpolate
 from clvr_train.method.score import Generation, Score
-from clvr_train.method.trajectory import Sample
 from clvr_train.models.adapters import OLD, use
 from clvr_train.models.conditioning import by_bucket, predict_velocity
 from clvr_train.models.sampler import Sampler
 from clvr_train.pprl.rollout import Group, RewardFunction
+from clvr_train.pprl.tasks import Task
 from clvr_train.rewards.combine import score_all
 from clvr_train.runtime.distributed import World
 
 CUTOFF = 0.25  # cycles a pixel: above it there is what no eye asks for in a picture, grids and noise
-MOST_IMAGES = 4  # of a group of which pixels are looked at
+PART = 8  # pictures of the probe that are drawn at a time: ranks share such parts, whatever their number
 
 
 def group_diversity(x0: Tensor) -> float:
@@ -54,63 +54,22 @@ def saturation(image: Image) -> float:
     return float((pixels.max(-1) - pixels.min(-1)).mean() / 255)
 
 
-def agreement(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
-    """Correlation of two judges over the rollouts of a group that both have scored; None where one of them is flat."""
-    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    if len(pairs) < 2 or is_flat([a for a, _ in pairs]) or is_flat([b for _, b in pairs]):
-        return None
-    return float(np.corrcoef(np.asarray(pairs).T)[0, 1])
-
-
-def rollout_signals(
-    groups: Sequence[Group], world: World, held_out: RewardFunction | None = None, workers: int = 0
-) -> dict[str, float]:
+def rollout_signals(groups: Sequence[Group], world: World) -> dict[str, float]:
     """Means over the groups of an epoch, the same on all ranks and for any number of them.
 
-    `reward`; `flat` (share of groups whose rewards are all equal); `r_saturated` (share of the r that clipping has
-    brought to 0 or 1); `diversity`; and, where there are images, `high_frequency` and `saturation`. With a second
-    judge, also its mean `held_out`, its `agreement` with the first and the share of `held_out_missing`. A rank looks at
-    the groups whose tokens it has.
-
-    Args:
-        held_out: judges the same rollouts; a failure of it is missing, and its mean is that of the others.
-        workers: how many rollouts it judges at a time; 0 for one after the other.
+    `flat` (share of groups whose rewards are all equal), `r_saturated` (share of the r that clipping has brought to 0
+    or 1) and `diversity`. A rank looks at the groups whose tokens it has.
     """
-    own = [group for group in groups if group.x0 is not None]
-    places = [(g, k) for g, group in enumerate(own) if group.images for k in range(len(group.images))]
-    second: dict[tuple[int, int], Score] = {}
-    if held_out is not None:
-
-        def judge(place: tuple[int, int]) -> Score:
-            group, k = own[place[0]], place[1]
-            return held_out(Generation(group.task.sample, group.images[k], group.seeds[k]), group.task)
-
-        second = dict(zip(places, score_all(judge, places, workers), strict=True))
     rows = []
-    for g, group in enumerate(own):
-        scores = [second.get((g, k)) for k in range(len(group.seeds))]
-        row = _group_signals(group, [score.value if score else None for score in scores])
-        missing = {} if held_out is None else {"held_out_missing": _mean([float(not s or s.missing) for s in scores])}
-        rows.append(row | missing)
+    for group in groups:
+        if group.x0 is not None:
+            r = [float(value in (0.0, 1.0)) for value in group.r if value is not None]
+            row = {
+                "flat": float(is_flat([score.value for score in group.scores])),
+                "diversity": group_diversity(group.x0),
+            }
+            rows.append(row | ({"r_saturated": _mean(r)} if r else {}))
     return mean_signals([row for rank in world.gather(rows) for row in rank])
-
-
-def _group_signals(group: Group, held_out: Sequence[float | None]) -> dict[str, float]:
-    rewards = [score.value for score in group.scores]
-    valid, second = ([value for value in values if value is not None] for values in (rewards, held_out))
-    r = [value for value in group.r if value is not None]
-    images = [image for image in (group.images or ()) if image is not None][:MOST_IMAGES]
-    found = {
-        "reward": _mean(valid),
-        "flat": float(is_flat(rewards)),
-        "r_saturated": _mean([float(value in (0.0, 1.0)) for value in r]),
-        "diversity": group_diversity(group.x0),
-        "high_frequency": _mean([high_frequency(image) for image in images]),
-        "saturation": _mean([saturation(image) for image in images]),
-        "held_out": _mean(second),
-        "agreement": agreement(rewards, held_out),
-    }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def mean_signals(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -119,56 +78,73 @@ def mean_signals(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: _mean([row[name] for row in rows if name in row]) for name in names}
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProbePart:
-    """Fixed inputs of one forward, with the prediction of the reference there, (B, N, C) float32."""
+    """Fixed inputs of one forward, with what the reference makes of them: its prediction (B, N, C), float32, and its
+    pictures, with their scores once they are judged.
+    """
 
-    samples: list[Sample]
+    tasks: list[Task]
     x_t: Tensor
     t: Tensor
     v_ref: Tensor
+    images: list[Image]
+    scores: list[tuple[Score, Score | None]] = field(default_factory=list)
 
 
 class Probe:
-    """A small fixed batch of (sample, x_t, t) on which the policies are compared, epoch after epoch.
+    """A small fixed set of contexts and noise on which the policy is compared with the reference, epoch after epoch.
 
-    Its points lie between pictures that the reference draws and fixed noise, at times spread over the rollout's grid:
-    a function of samples, seed and reference, so that a resumed run has the same. Ranks share the forwards.
+    Pictures are drawn with the same noise by both, so that their scores differ by what was trained alone: rewards of
+    rollouts go up and down with the tasks of an epoch by more than a policy may be let to lose. Velocities are compared
+    at points between the reference's pictures and fixed noise, at times spread over the rollout's grid. All is a
+    function of tasks, seed and reference: a resumed run has the same. Ranks share the work.
 
     Args:
-        sampler: of the rollouts. samples: say 8 of those that are trained on.
+        sampler: of the rollouts. tasks: say 32 of those that are trained on.
 
-    Counter: `nfe`, network evaluations of this rank so far: `sampler.nfe_per_image + 1` a sample when it is made, then
-    2 a sample at every look.
+    Counter: `nfe`, network evaluations of this rank so far. With F = `sampler.nfe_per_image` they are F + 1 a task when
+    it is made, 2 a task for `velocities` and F a task for `pictures`.
     """
 
     @torch.no_grad()
-    def __init__(self, sampler: Sampler, samples: Sequence[Sample], seed: int, world: World) -> None:
-        self._conditioner, self._world = sampler.conditioner, world
+    def __init__(self, sampler: Sampler, tasks: Sequence[Task], seed: int, world: World) -> None:
+        self._conditioner, self._world, self._seed = sampler.conditioner, world, seed
+        self._sampler = Sampler(sampler.conditioner, steps=sampler.steps, cfg=sampler.cfg, batch=PART)
         transformer, device = self._conditioner.klein.transformer, self._conditioner.klein.device
-        drawn = sampler.nfe
         self._parts: list[ProbePart] = []
-        parts = by_bucket(self._conditioner, samples, sampler.batch)[world.rank :: world.size]
+        parts = by_bucket(self._conditioner, [task.sample for task in tasks], PART)[world.rank :: world.size]
         with use(transformer, None):
             for indices in parts:
-                chosen = [samples[i] for i in indices]
-                x0 = sampler.latents(chosen, [("probe", seed, *sample.key) for sample in chosen])
-                grid = inference_times(x0.shape[1], sampler.steps)
-                t = torch.stack([grid[int((i + 0.5) / len(samples) * sampler.steps)] for i in indices]).to(device)
-                cond = self._conditioner.batch(chosen)
-                noise = [sampler.noise(("probe noise", seed, *sample.key), cond) for sample in chosen]
+                chosen = [tasks[i] for i in indices]
+                x0, images = self._draw(chosen)
+                times = inference_times(x0.shape[1], sampler.steps)
+                t = torch.stack([times[int((i + 0.5) / len(tasks) * sampler.steps)] for i in indices]).to(device)
+                cond = self._conditioner.batch([task.sample for task in chosen])
+                noise = [sampler.noise(("probe noise", seed, *task.sample.key), cond) for task in chosen]
                 x_t = interpolate(x0.to(device), torch.stack(noise).to(device), t)
                 v_ref = predict_velocity(transformer, x_t, t, cond).float()
-                self._parts.append(ProbePart(chosen, x_t, t, v_ref))
-        self.samples = sum(len(part.samples) for part in self._parts)
-        self.nfe = sampler.nfe - drawn + self.samples
+                self._parts.append(ProbePart(chosen, x_t, t, v_ref, images))
+        self._forwards = self._size = sum(len(part.tasks) for part in self._parts)
+
+    @property
+    def nfe(self) -> int:
+        return self._sampler.nfe + self._forwards
+
+    def _draw(self, tasks: Sequence[Task]) -> tuple[Tensor, list[Image]]:
+        samples = [task.sample for task in tasks]
+        x0 = self._sampler.latents(samples, [self._noise(task) for task in tasks])
+        return x0, self._sampler.decode(x0, self._conditioner.grid(samples[0]))
+
+    def _noise(self, task: Task) -> tuple:
+        return "probe", self._seed, *task.sample.key
 
     @torch.no_grad()
-    def signals(self, old_decay: float = 0.0) -> dict[str, float]:
+    def velocities(self, old_decay: float = 0.0) -> dict[str, float]:
         """Ratios of root mean squares, means over the probe; to be asked after the optimiser's steps of an epoch and
         before `old` follows with `old_decay`.
 
@@ -178,7 +154,7 @@ class Probe:
         transformer = self._conditioner.klein.transformer
         rows = []
         for part in self._parts:
-            cond = self._conditioner.batch(part.samples)
+            cond = self._conditioner.batch([task.sample for task in part.tasks])
             v = predict_velocity(transformer, part.x_t, part.t, cond).float()
             with use(transformer, OLD):
                 v_old = predict_velocity(transformer, part.x_t, part.t, cond).float()
@@ -193,8 +169,70 @@ class Probe:
                 }
                 for ratio, drift, off in zip(*(ratio.tolist() for ratio in ratios), strict=True)
             ]
-        self.nfe += 2 * self.samples
+        self._forwards += 2 * self._size
         return mean_signals([row for rank in self._world.gather(rows) for row in rank])
+
+    @torch.no_grad()
+    def pictures(
+        self, reward: RewardFunction, held_out: RewardFunction | None = None, workers: int = 0
+    ) -> dict[str, float]:
+        """What the policy draws now against what the reference drew with the same noise, over the pictures that have
+        both scores.
+
+        `probe_reward`, the mean change of the training reward; with a second judge `held_out`, that of its score, its
+        standard error `held_out_error` and the share of `held_out_missing`; `saturation` and `high_frequency`: mean of
+        the policy's pictures over that of the reference's.
+
+        Args:
+            workers: how many pictures are judged at a time; 0 for one after the other.
+        """
+        rows: list[dict[str, float]] = []
+        for part in self._parts:
+            _, images = self._draw(part.tasks)
+            if not part.scores or any(score and score.missing for pair in part.scores for score in pair):
+                part.scores = self._judged(part.tasks, part.images, reward, held_out, workers)
+            scores = self._judged(part.tasks, images, reward, held_out, workers)
+            for before, now, image, first in zip(part.scores, scores, images, part.images, strict=True):
+                row = {"now_saturation": saturation(image), "ref_saturation": saturation(first)}
+                row |= {"now_high_frequency": high_frequency(image), "ref_high_frequency": high_frequency(first)}
+                row |= _change("probe_reward", before[0], now[0]) | _change("held_out", before[1], now[1])
+                rows.append(row)
+        rows = [row for rank in self._world.gather(rows) for row in rank]
+        found = mean_signals(rows)
+        for name in ("saturation", "high_frequency"):
+            now, ref = found.pop(f"now_{name}"), found.pop(f"ref_{name}")
+            found |= {name: now / ref} if ref > 0 else {}
+        if held_out is not None:
+            changes = [row["held_out"] for row in rows if "held_out" in row]
+            found["held_out_missing"] = 1 - len(changes) / len(rows)
+            if len(changes) > 1:
+                squares = math.fsum((change - found["held_out"]) ** 2 for change in changes)
+                found["held_out_error"] = math.sqrt(squares / (len(changes) - 1) / len(changes))
+        return found
+
+    def _judged(
+        self,
+        tasks: Sequence[Task],
+        images: Sequence[Image],
+        reward: RewardFunction,
+        held_out: RewardFunction | None,
+        workers: int,
+    ) -> list[tuple[Score, Score | None]]:
+        drawn = [
+            (Generation(task.sample, image, self._noise(task)), task)
+            for task, image in zip(tasks, images, strict=True)
+        ]  # fmt: skip
+        first = score_all(lambda pair: reward(*pair), drawn, workers)
+        if held_out is None:
+            return [(score, None) for score in first]
+        return list(zip(first, score_all(lambda pair: held_out(*pair), drawn, workers), strict=True))
+
+
+def _change(name: str, before: Score | None, now: Score | None) -> dict[str, float]:
+    """By how much a score has changed; nothing where one is missing."""
+    if before is None or now is None or before.missing or now.missing:
+        return {}
+    return {name: now.value - before.value}
 
 
 def _rms(v: Tensor) -> Tensor:
@@ -202,7 +240,7 @@ def _rms(v: Tensor) -> Tensor:
     return v.square().flatten(1).mean(1).sqrt()
 
 
-def probe_samples(samples: Sequence[Sample], number: int) -> list[Sample]:
-    """So many samples spread evenly over the list."""
-    number = min(number, len(samples))
-    return [samples[i * len(samples) // number] for i in range(number)]
+def spread(tasks: Sequence[Task], number: int) -> list[Task]:
+    """So many tasks spread evenly over the list, or all."""
+    number = min(number, len(tasks))
+    return [tasks[i * len(tasks) // number] for i in range(number)]
