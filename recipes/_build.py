@@ -115,7 +115,7 @@ def build_controller(section: DictConfig) -> Replies:
         raise ValueError("controller: give controller.folder=FOLDER, or controller.url=URL of a chat server")
     options = {name: section[name] for name in ("device", "precision", "max_pixels", "max_new_tokens", "batch")}
     if section.url is not None:
-        options |= {"model": section.model, **section.chat}
+        options |= {"name": section.model, **section.chat}
         checked_url(section.url)
     return open_controller(section.url or section.folder, **options)
 

@@ -32,6 +32,8 @@ DOORS = {
     "accelerate": ("clvr_train/runtime/",),
     "openai": ("clvr_train/services/",),
     "httpx": ("clvr_train/services/",),
+    "starlette": ("clvr_train/inference/web.py",),
+    "uvicorn": ("recipes/serve_closed_loop.py",),
     "pickle": (),
     "dill": (),
     "joblib": (),

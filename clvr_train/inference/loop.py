@@ -39,7 +39,7 @@ def checked_goal(text: str) -> str:
 def open_controller(
     where: str | Path,
     *,
-    model: str | None = None,
+    name: str | None = None,
     device: str = "cpu",
     precision: str = "fp32",
     max_pixels: int | None = 512 * 512,
@@ -50,7 +50,7 @@ def open_controller(
     """The controller of a transformers folder, or of a chat server if `where` is its URL (up to and with `/v1`).
 
     Args:
-        model: name under which the server knows it. chat: further fields of `services.options.ChatOptions`, say
+        name: under which the server knows it. chat: further fields of `services.options.ChatOptions`, say
             `key_env`, the environment variable that holds a key.
         device, precision, batch: of a folder's model.
 
@@ -59,9 +59,9 @@ def open_controller(
         FileNotFoundError: as `load_controller`.
     """
     if str(where).startswith(("http://", "https://")):
-        if not model:
+        if not name:
             raise ValueError(f"controller {where}: the name under which the server knows the model is needed")
-        options = ChatOptions(str(where), model, max_tokens=max_new_tokens, **chat)
+        options = ChatOptions(str(where), name, max_tokens=max_new_tokens, **chat)
         return ChatController(ChatClient(options), max_pixels)
     options = {"max_pixels": max_pixels, "max_new_tokens": max_new_tokens, "batch": batch}
     return load_controller(Path(where), device=device, dtype=dtype_of(precision), **options)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clvr_train.data.readers import load_trajectories
+from clvr_train.inference.__main__ import main
 from clvr_train.inference.loop import ClosedLoop
 from clvr_train.method.truncation import truncate
 
@@ -81,3 +83,16 @@ def test_loading_says_what_is_missing() -> None:
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ClosedLoop.load(*arguments, **options)
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    models = ROOT / "models/shapes"
+    command = ["--model", str(models / "distilled"), "--controller", str(models / "controller"), "--size", "96", "96",
+               "--window", "96", "--layers", "1", "2", "3", "--out", str(tmp_path / "out"),
+               "--max-rounds", "1"]  # fmt: skip
+    assert main([*command, "a red circle", "two squares"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and re.match(r"a red circle: max_rounds, 1 images, 4 NFEs, [\d.]+ s", lines[0])
+    assert [each.goal for each in load_trajectories(tmp_path / "out")] == ["a red circle", "two squares"]
+    assert main([*command, "a <image>"]) == 1
+    assert capsys.readouterr().err == "error: goal: the goal holds <image>; images follow the round that drew them\n"
