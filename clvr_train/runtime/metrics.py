@@ -5,11 +5,13 @@ import logging
 import math
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from PIL.Image import Image
 
 from clvr_train.runtime.files import write_atomic
 from clvr_train.runtime.redaction import redact
@@ -72,6 +74,13 @@ class Metrics:
         if self._mirror is not None:
             self._mirror.image(step, name, file)
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Shows rows in the mirror, where there is one, before the `log` of the same step: numbers, texts and images
+        (PIL) by column. The run's own files have to hold them first. Rows without a column have None there.
+        """
+        if self._mirror is not None and rows:
+            self._mirror.table(step, name, list(rows))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -120,7 +129,7 @@ class _Mirror:
     def __init__(self, options: dict[str, Any]) -> None:
         self._thread = ThreadPoolExecutor(1, "wandb")
         self._calls: deque[Future] = deque()
-        self._on = True
+        self._on, self._failed = True, False
         self._call(lambda: self._start(redact(dict(options))))
 
     def _start(self, options: dict[str, Any]) -> None:
@@ -143,6 +152,18 @@ class _Mirror:
 
         self._call(show)
 
+    def table(self, step: int, name: str, rows: list[Mapping[str, Any]]) -> None:
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+
+        def show() -> None:
+            import wandb
+
+            cells = [[row.get(column) for column in columns] for row in rows]
+            data = [[wandb.Image(cell) if isinstance(cell, Image) else cell for cell in line] for line in cells]
+            self._run.log({name: wandb.Table(columns=columns, data=data)}, step=step)
+
+        self._call(show)
+
     def finish(self, failed: bool) -> None:
         self._call(lambda: self._run.finish(exit_code=int(failed)))
         self._look(wait=True)
@@ -151,7 +172,14 @@ class _Mirror:
     def _call(self, action: Callable[[], Any]) -> None:
         self._look()
         if self._on:
-            self._calls.append(self._thread.submit(action))
+            self._calls.append(self._thread.submit(self._unless_failed, action))
+
+    def _unless_failed(self, action: Callable[[], Any]) -> None:
+        """In the mirror's thread: what waits behind a failure is not tried."""
+        if not self._failed:
+            self._failed = True
+            action()
+            self._failed = False
 
     def _look(self, wait: bool = False) -> None:
         """What has come of the calls so far; a future keeps any exception, and wandb raises many kinds."""

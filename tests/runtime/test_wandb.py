@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -86,6 +87,49 @@ def test_wandb_gets_images(tmp_path: Path, monkeypatch) -> None:
         assert len(read_metrics(tmp_path)) == 1
     with Metrics(tmp_path) as metrics:
         metrics.image(1, "samples", tmp_path / "grid.png")  # without a mirror there is nothing to do
+
+
+def test_wandb_gets_tables_with_their_pictures(tmp_path: Path, monkeypatch) -> None:
+    calls: list = []
+    monkeypatch.setattr(wandb, "init", Run(calls).init)
+    rows = [{"goal": "a red circle", "rollouts": Image.new("RGB", (4, 4)), "reward": 0.5}, {"goal": "b", "words": "no"}]
+    with Metrics(tmp_path, wandb={"project": "p"}) as metrics:
+        metrics.table(3, "rollouts", rows)
+        metrics.table(3, "nothing", [])
+        metrics.log(3, loss=1.0)
+    (_, step, shown), (*_, values) = [call for call in calls if call[0] == "log"]
+    table = shown["rollouts"]
+    assert step == 3 and values == {"loss": 1.0} and list(shown) == ["rollouts"]
+    assert table.columns == ["goal", "rollouts", "reward", "words"] and table.data[1] == ["b", None, None, "no"]
+    assert table.data[0][0] == "a red circle" and isinstance(table.data[0][1], wandb.Image)
+    with Metrics(tmp_path / "plain") as metrics:
+        metrics.table(1, "rollouts", rows)  # without a mirror there is nothing to do
+    assert [path.name for path in (tmp_path / "plain").iterdir()] == ["metrics.jsonl"]
+
+
+TABLE = """
+import logging
+from PIL import Image
+from clvr_train.runtime.metrics import Metrics
+
+logging.basicConfig(format="%(message)s")
+with Metrics("run", wandb={"project": "p", "id": "x", "mode": None}) as metrics:
+    metrics.table(1, "rollouts", [{"goal": "a red circle", "image": Image.new("RGB", (8, 8), "red")}])
+    metrics.log(1, loss=0.5)
+"""
+
+
+def test_tables_and_pictures_offline(tmp_path: Path) -> None:
+    """wandb keeps a table's texts in a file, and tells of each of its pictures in the log that is sent later."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    mine |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "WANDB_MODE": "offline"}
+    result = subprocess.run([sys.executable, "-c", TABLE], cwd=tmp_path, env=mine, capture_output=True, text=True)
+    assert result.returncode == 0 and "wandb is off" not in result.stderr, result.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/rollouts_*.table.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["goal", "image"] and table["data"][0][0] == "a red circle"
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-x.wandb")
+    assert b"rollouts.table.json" in log.read_bytes() and re.search(rb"media/images/\w+\.png", log.read_bytes())
 
 
 @pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
