@@ -3,6 +3,7 @@
 #
 #   bash launch/serve_judge.sh                                        # UnifiedReward, port 8080
 #   MODEL=CodeGoat24/UnifiedReward-Edit-qwen3vl-8b NAME=UnifiedReward-Edit PORT=8081 bash launch/serve_judge.sh
+#   GPUS=6,7 SHARE=2 bash launch/serve_judge.sh                       # on both, with another server beside it
 #   DEVICE=cpu MODEL=my/folder bash launch/serve_judge.sh             # its name is then the folder
 #   DRY_RUN=1 bash launch/serve_judge.sh                              # only says what it would run
 #
@@ -15,6 +16,8 @@ HOST=${HOST:-127.0.0.1}
 PORT=${PORT:-8080}
 IMAGES=${IMAGES:-16}          # most images in a request
 CONTEXT=${CONTEXT:-32768}     # tokens of a request with its reply
+GPUS=${GPUS:-}                # the GPUs to be on, split over them: 6 or 6,7; empty: the first that is visible
+SHARE=${SHARE:-1}             # so many servers share these GPUs: each takes its part of the memory
 DEVICE=${DEVICE:-$(command -v nvidia-smi >/dev/null && echo cuda || echo cpu)}
 
 if [[ $DEVICE == cpu ]]; then
@@ -24,8 +27,12 @@ if [[ $DEVICE == cpu ]]; then
   command=(transformers serve "$MODEL" --device cpu --host "$HOST" --port "$PORT")
 else
   command=(vllm serve "$MODEL" --served-model-name "$NAME" --host "$HOST" --port "$PORT"
-    --limit-mm-per-prompt.image "$IMAGES" --max-model-len "$CONTEXT" --gpu-memory-utilization 0.9
-    --enable-prefix-caching)
+    --limit-mm-per-prompt.image "$IMAGES" --max-model-len "$CONTEXT"
+    --gpu-memory-utilization "$(printf '0.%02d' $((90 / SHARE)))" --enable-prefix-caching)
+  if [[ -n $GPUS ]]; then
+    commas=${GPUS//[^,]/}
+    command=(env CUDA_VISIBLE_DEVICES="$GPUS" "${command[@]}" --tensor-parallel-size $((${#commas} + 1)))
+  fi
 fi
 printf '%q ' "${command[@]}"
 echo

@@ -3,6 +3,7 @@
 #
 #   bash launch/torchrun.sh train_dit experiment=klein_4b_sft data.folder=my/data
 #   PROCESSES=2 bash launch/torchrun.sh train_dit experiment=shapes_sft engine=ddp
+#   bash launch/torchrun.sh train_dit -m experiment=klein_4b_sft data.folder=my/data train.lr=1e-5,2e-5    # a sweep
 #   DRY_RUN=1 bash launch/torchrun.sh train_vlm experiment=qwen3vl_8b_sft       # only says what it would run
 #
 # CUDA_VISIBLE_DEVICES chooses among the GPUs; SAVING_S is how many seconds the processes have to save after SIGTERM. To
@@ -29,6 +30,9 @@ found=$(gpus)
 PROCESSES=${PROCESSES:-$((found > 0 ? found : 1))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((found > 0 ? 8 : 1))} TOKENIZERS_PARALLELISM=false
 command=(torchrun --standalone --nproc_per_node "$PROCESSES" --shutdown-timeout "${SAVING_S:-280}" "recipes/$recipe.py" "$@")
+for word in "$@"; do # a sweep starts torchrun for each of its jobs
+  [[ $word != -m && $word != --multirun ]] || command=(python "recipes/$recipe.py" "$@" sweep.nproc="$PROCESSES")
+done
 printf '%q ' "${command[@]}"
 echo
 [[ -n ${DRY_RUN:-} ]] || exec "${command[@]}"

@@ -32,9 +32,10 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""
 
 
-def dry(**variables):
+def dry(script="serve_judge.sh", **variables):
     environment = {"PATH": os.environ["PATH"], "HOME": "/nowhere", "DRY_RUN": "1"} | variables
-    done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=True)
+    command = ["bash", str(SCRIPT.with_name(script))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.split()
 
 
@@ -43,6 +44,21 @@ def test_the_command_for_a_gpu():
     assert words[:3] == ["vllm", "serve", "my/model"]
     assert words[words.index("--served-model-name") + 1] == "UnifiedReward-Edit"
     assert words[words.index("--port") + 1] == "8081" and words[words.index("--host") + 1] == "127.0.0.1"
+
+
+def test_servers_share_or_split_gpus():
+    alone, two = dry(DEVICE="cuda"), dry(DEVICE="cuda", GPUS="6,7", SHARE="2")
+    assert alone[alone.index("--gpu-memory-utilization") + 1] == "0.90" and "--tensor-parallel-size" not in alone
+    assert two[:4] == ["env", "CUDA_VISIBLE_DEVICES=6\\,7", "vllm", "serve"]
+    assert two[two.index("--gpu-memory-utilization") + 1] == "0.45"
+    assert two[two.index("--tensor-parallel-size") + 1] == "2"
+
+
+def test_the_teacher_is_served_in_the_same_way():
+    words = dry("serve_teacher.sh", DEVICE="cuda", GPUS="3")
+    assert words[words.index("--served-model-name") + 1] == "teacher" and words[words.index("--port") + 1] == "8082"
+    assert words[:4] == ["env", "CUDA_VISIBLE_DEVICES=3", "vllm", "serve"]
+    assert dry("serve_teacher.sh", DEVICE="cpu", MODEL="my/model", PORT="1")[2] == "my/model"
 
 
 def test_the_command_for_a_cpu():
