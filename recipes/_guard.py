@@ -69,7 +69,7 @@ class Guard:
             reward = self.rollouts.reward
             signals |= self._probe.velocities(decay) | self._probe.pictures(reward, self._held_out, reward.workers)
         if self._merged is not None and epoch % self.cfg.merged.every == 0:
-            evaluated = self._merged(self.rollouts.reward, self.rollouts.reward.workers)
+            evaluated = self._merged(reward, reward.workers)
             signals |= evaluated.metrics
             if self.world.first:
                 save_grid(self.run / "samples" / f"merged-{epoch:05d}.png", [list(evaluated.images.values())])

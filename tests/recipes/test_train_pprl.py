@@ -123,7 +123,7 @@ def test_engines_that_a_lora_has_no_use_for(here, capsys):
         assert end.value.code == 1 and "train_pprl keeps whole base weights" in capsys.readouterr().err
 
 
-GUARDED = [*COMMON, "pprl.epochs=8", "sentinel.probe=2", "sentinel.action=roll_back", "sentinel.baseline=2",
+GUARDED = [*COMMON, "pprl.epochs=8", "sentinel.probe=2", "sentinel.action=roll_back", "sentinel.every=1",
            "sentinel.dead_for=3", "sentinel.patience=2", "sentinel.max_rollbacks=1", "sentinel.limits.flat=0",
            "merged.every=2", "merged.base=base", "merged.num=4"]  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_a_signal_beyond_its_limit_warns_then_rolls_back_then_stops(here, capsys
     rows = lines(run)
     assert [row["sentinel"] for row in rows] == [0, 0, 1, 2, 0, 0, 1, 2]
     assert ["merged_score" in row for row in rows] == [False, True] * 4
-    assert all("velocity_ratio" in row and "diversity" in row for row in rows)
+    assert all("velocity_ratio" in row and "probe_reward" in row for row in rows)
     assert (run / "samples" / "merged-00002.png").exists()
     noted = lines(run, "sentinel.jsonl")
     assert [(row["epoch"], row["state"], row["action"]) for row in noted] == [
