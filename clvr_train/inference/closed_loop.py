@@ -95,12 +95,13 @@ class Result:
 
     def facts(self) -> dict:
         """What it took and why it ended, for files; seconds to the millisecond."""
+        turn_seconds = [round(seconds, 3) for seconds in self.turn_seconds]
         return {
             "stop_reason": self.stop_reason,
             "images": len(self.trajectory.images) if self.trajectory else 0,
             "nfe": self.nfe,
-            "seconds": round(self.seconds, 3),
-            "turn_seconds": [round(seconds, 3) for seconds in self.turn_seconds],
+            "seconds": round(sum(turn_seconds), 3),
+            "turn_seconds": turn_seconds,
         }
 
 
