@@ -4,6 +4,7 @@ does not fit.
     python recipes/plan.py experiment=klein_4b_sft
     python recipes/plan.py experiment=klein_9b_sft gpus=1 engine=single engine.optimizer=adamw8bit gpu=h200
     python recipes/plan.py recipe=train_vlm controller.folder=qwen3vl_8b engine=zero2 engine.precision=bf16
+    python recipes/plan.py experiment=klein_4b_pprl
 
 Experiments and keys are those of the training. Only shapes are computed: no weights are read, no GPU is needed, nothing
 is written. docs/performance.md says what is counted.
@@ -15,7 +16,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +25,6 @@ from omegaconf import DictConfig
 from clvr_train.data.images import reference_size
 from clvr_train.models.plan import CHOICES, GPUS, Settings, bytes_per_gpu, cheapest_fit, micro_batches, model_bytes
 from clvr_train.models.trace import (
-    PUBLISHED_KLEIN,
     Trace,
     count_parameters,
     encoder_flops,
@@ -35,14 +34,16 @@ from clvr_train.models.trace import (
     vlm_shapes,
 )
 from recipes._config import check_job, experiments
+from recipes._plan import NODE, key_of, model_name
+from recipes._plan_pprl import plan_pprl
+from recipes._plan_pprl import rows as pprl_rows
 from recipes._recipe import CONF, recipe
 
-RECIPES = ("train_dit", "train_vlm")
+RECIPES = ("train_dit", "train_vlm", "train_pprl")
 FORMATS = ("text", "json")
 # Keys that the training does not have.
 OWN = ("recipe", "format", "gpu", "gpus", "mfu", "reserve_gb", "references", "reference_px", "cached", "tokens")
 OWN += ("images", "image_px")
-NODE = 8  # GPUs of an engine that has several
 
 
 @dataclass
@@ -80,26 +81,21 @@ def dit_job(cfg: DictConfig, training: DictConfig) -> Job:
     target_px = tuple(training.model.size_px)
     if any(side % token_px for side in target_px):
         raise ValueError(f"model.size_px={list(target_px)}: both sides must be multiples of {token_px}")
+    number = 1 if cfg.references is None else cfg.references
     reference_px = reference_size(tuple(cfg.reference_px or target_px), token_px)
     target, reference = ((height // token_px, width // token_px) for height, width in (target_px, reference_px))
-    references = [reference] * cfg.references
+    references = [reference] * number
 
     def trace(micro_batch: int, dtype: torch.dtype) -> Trace:
         return trace_transformer(transformer, dtype, micro_batch, window, target, references)
 
     batch = training.train.batch
-    calls = {"text_encoder": batch, "vae": batch * (1 + cfg.references)}
+    calls = {"text_encoder": batch, "vae": batch * (1 + number)}
     flops = 0
     if not cfg.cached:
         text, one_target, one_reference = encoder_flops(parts, window, (target_px, reference_px))
-        flops = batch * (text + one_target + cfg.references * one_reference)
+        flops = batch * (text + one_target + number * one_reference)
     return Job(list(parts.values()), list(transformer.parameters()), functools.cache(trace), calls, flops)
-
-
-def model_name(model: DictConfig) -> str:
-    """The folder of a `model` group, or where there is none the name of a published model."""
-    folder, name = model.folder, model.name
-    return name if name in PUBLISHED_KLEIN and not Path(folder).exists() else folder
 
 
 def vlm_job(cfg: DictConfig, training: DictConfig) -> Job:
@@ -129,13 +125,10 @@ def settings_of(cfg: DictConfig, training: DictConfig) -> Settings:
     return replace(settings, micro_batch=min(train.micro_batch, train.batch // gpus))
 
 
-def key_of(setting: str) -> str:
-    """What a setting is called on the command line."""
-    return {"engine": "engine", "micro_batch": "train.micro_batch"}.get(setting, f"engine.{setting}")
-
-
 def make_plan(cfg: DictConfig, name: str, training: DictConfig) -> dict:
     """All that is printed; numbers of a step are over all GPUs, bytes of one GPU."""
+    if name == "train_pprl":
+        return plan_pprl(cfg, training)
     gpu, settings, batch = GPUS[cfg.gpu], settings_of(cfg, training), training.train.batch
     job = (dit_job if name == "train_dit" else vlm_job)(cfg, training)
     limit = gpu.memory_bytes - int(cfg.reserve_gb * 1e9)
@@ -190,6 +183,7 @@ def table(plan: dict) -> str:
          f" recomputed, {plan['encoder_flops_per_step'] / 1e12:.3f} T of encoders"),
         ("forwards", f"{plan['forwards_per_step']} per step; without a cache {calls['text_encoder']} texts and"
          f" {calls['vae']} images are encoded"),
+        *(pprl_rows(plan) if "evaluations_per_step" in plan else ()),
         ("time", f"{plan['seconds_per_step']:.3g} s per step at {settings['mfu']:.0%} of {settings['gpu']}'s peak"),
         ("fits", f"{'yes' if plan['fits'] else 'no'}: {limit}"),
     ]  # fmt: skip

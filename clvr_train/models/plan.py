@@ -205,3 +205,22 @@ def _halves(number: int) -> Iterator[int]:
     while number > 1:
         number //= 2
         yield number
+
+
+def network_evaluations(
+    rollouts: int, items: int, *, steps: int, cfg: float, beta_kl: float, training_cfg: float = 1.0, anchored: int = 0
+) -> dict[str, int]:
+    """Evaluations of an epoch of PPRL by what runs, an image and a branch of guidance counting as one each.
+
+    `rollout`: every image takes `steps`, twice with guidance. The update evaluates `old` and `policy` (forward and
+    backward) once an item, a rollout at one time, and the `reference` if `beta_kl` is above 0; each twice with guidance
+    in training. `anchored` items take the reference and the policy once more, without text.
+    """
+    branches = 2 if training_cfg > 1 else 1
+    found = {
+        "rollout": rollouts * steps * (2 if cfg > 1 else 1),
+        "old": items * branches,
+        "reference": (items * branches if beta_kl > 0 else 0) + anchored,
+        "policy": items * branches + anchored,
+    }
+    return found | {"total": sum(found.values())}

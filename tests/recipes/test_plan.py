@@ -146,7 +146,7 @@ def test_what_does_not_fit_comes_with_a_change(plan, tiny_folder):
     [
         (["format=xml"], "format='xml' is not one of text, json"),
         (["gpu=h300"], "gpu='h300' is not one of h100, h200, h20, a100"),
-        (["recipe=train_pprl"], "recipe='train_pprl' is not one of train_dit, train_vlm"),
+        (["recipe=evaluate"], "recipe='evaluate' is not one of train_dit, train_vlm, train_pprl"),
         (["engine=zero9"], "unknown engine 'zero9': did you mean 'zero"),
         (["engine.precision=fp8"], "precision='fp8' is not one of fp32, bf16, bf16_states"),
         (["gpus=3", "engine=ddp"], "train.batch=32: must be a multiple of gpus=3"),
