@@ -1,5 +1,7 @@
 """Rows of a benchmark: what was measured, and the goal that it has."""
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -37,6 +39,17 @@ def table(rows: list[Row]) -> str:
         met = {None: "", True: "yes", False: "no"}[row.met]
         lines.append(f"| {row.name} | {row.value:.3g} {row.unit} | {', '.join(bounds)} | {met} |")
     return "\n".join(lines)
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Of one step, to its end on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def gpu_name() -> str:

@@ -5,7 +5,6 @@ Weights and images are random and made on the fly; a part that runs is of its re
 """
 
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -26,7 +25,7 @@ from clvr_train.models.trace import klein_shapes
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.engine import Engine
 from clvr_train.sft.dit import backward_flow_matching
-from recipes._bench import Row, gpu_name, on_gpu
+from recipes._bench import Row, gpu_name, on_gpu, seconds_of
 from recipes._config import check_job
 from recipes._recipe import CONF
 from recipes.plan import make_plan, model_name
@@ -127,13 +126,7 @@ class Steps:
 
     def seconds(self, step: Callable[[], None]) -> float:
         """Of one step, to its end on the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return seconds_of(step, self.device)
 
 
 def plan_of(cfg: DictConfig, gpu: str) -> dict:

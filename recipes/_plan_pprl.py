@@ -50,6 +50,7 @@ class Epoch:
         self.kinds = kinds if references is None else [references] * len(kinds)
         self.by_gpu = [Counter(World(rank, gpus).share(self.kinds)) for rank in range(gpus)]
         self.rollouts = self.rollout.groups * self.rollout.group_size
+        self.drawn = self.rollouts if training.replay is None else 0  # the others come from a ledger
         self.items = self.rollouts * self.pprl.num_times
         self.anchored = round(self.items * self.pprl.anchor_share) if self.pprl.anchor > 0 else 0
         self.branches = 2 if self.pprl.cfg > 1 else 1  # of guidance in training
@@ -70,7 +71,7 @@ class Epoch:
         """See `models.plan.network_evaluations`."""
         options = {"steps": self.rollout.steps, "cfg": self.rollout.cfg, "beta_kl": self.pprl.beta_kl}
         options |= {"training_cfg": self.pprl.cfg, "anchored": self.anchored}
-        return network_evaluations(self.rollouts, self.items, **options)
+        return network_evaluations(self.drawn, self.items, **options)
 
     def forwards(self) -> dict[str, int]:
         """Calls of the transformer by all GPUs, groups of one length of history sharing them."""
@@ -83,7 +84,7 @@ class Epoch:
         turns, held = sum(update), sum(update) if self.anchored else 0
         blanks = len(update) * max(update) - turns  # a GPU that is through draws them until all are
         return {
-            "rollout": drawn * calls,
+            "rollout": drawn * calls if self.drawn else 0,
             "old": turns * self.branches,
             "reference": (turns * self.branches if pprl.beta_kl > 0 else 0) + held,
             "policy": turns * self.branches + held + blanks,
@@ -145,7 +146,7 @@ def plan_pprl(cfg: DictConfig, training: DictConfig) -> dict:
     settings = settings_of(cfg, training, rollout.groups * rollout.group_size * training.pprl.num_times)
     if not has_engine(settings):
         raise ValueError(f"engine={settings.engine}, precision={settings.precision}, offload={settings.offload}: "
-                         "train_pprl has none, ddp, zero1 and zero2, fp32 and bf16")  # fmt: skip
+                         "train_pprl has single, ddp, zero1 and zero2, fp32 and bf16")  # fmt: skip
     epoch = Epoch(training, settings.gpus, cfg.references)
     parts, weights = _build(cfg, training, settings)
     transformer = parts.models["transformer"]

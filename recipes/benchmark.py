@@ -14,6 +14,7 @@ from clvr_train.runtime.files import write_atomic
 from recipes._bench import table
 from recipes._bench_checkpoint import bench_checkpoint
 from recipes._bench_data import bench_data
+from recipes._bench_pprl import bench_pprl
 from recipes._bench_sft import bench_klein, bench_sft
 from recipes._bench_vlm import bench_vlm
 from recipes._recipe import recipe, run_folder
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> None:
         "data": lambda: bench_data(cfg.data, run, cfg.seed),
         "sft": lambda: bench_sft(cfg),
         "sft_klein": lambda: bench_klein(cfg),
+        "pprl": lambda: bench_pprl(cfg),
         "vlm": lambda: bench_vlm(cfg, device),
         "checkpoint": lambda: bench_checkpoint(cfg.checkpoint, device, run),
     }

@@ -148,6 +148,15 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def pipeline_of(klein: Klein, scheduler: object) -> Flux2KleinPipeline:
+    """The same parts as a pipeline of diffusers, whose calls want the model's `window` and `layers`."""
+    parts = {"vae": klein.vae, "text_encoder": klein.text_encoder, "transformer": klein.transformer}
+    options = {"tokenizer": klein.tokenizer, "scheduler": scheduler, "is_distilled": klein.distilled}
+    pipe = Flux2KleinPipeline(**parts, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def transformer_from(config: dict, state: dict[str, Tensor]) -> Flux2Transformer2DModel:
     """A transformer of a configuration that takes over the tensors given, dtype and device included."""
     with torch.device("meta"):

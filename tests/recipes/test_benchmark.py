@@ -92,6 +92,20 @@ def test_the_benchmark_of_the_controller_runs_on_a_cpu_with_the_tiny_one_swapped
     assert not any("MFU" in name or "memory" in name for name in rows), "a CPU has neither"
 
 
+def test_the_benchmark_of_rollouts_runs_on_a_cpu_with_the_tiny_model_swapped_in(tmp_path, monkeypatch):
+    """A reference, two forwards for a group, and as many network evaluations as planned."""
+    monkeypatch.chdir(tmp_path)
+    small = ["group_size=3", "batch=2", "steps=2", "micro_batch=4", "warmup=0", "pairs=1", "references=1"]
+    rows = rows_of(tmp_path, "experiment=bench_pprl_klein_4b", "model=shapes", *(f"pprl.{key}" for key in small))
+    counts = {name: row["met"] for name, row in rows.items() if "counted beyond the plan" in name}
+    assert len(counts) == 7 and all(counts.values())
+    speeds = {name: row["value"] for name, row in rows.items() if name not in counts}
+    assert len(speeds) == 6 and all(value > 0 for value in speeds.values())
+    assert rows["rollout, images a second"]["at_least"] == 2.4
+    assert rows["rollout over the pipeline"]["at_least"] == 1.5
+    assert rows["update, images a second at 2 times"]["at_least"] == 4.0
+
+
 def test_what_the_benchmark_of_the_controller_feeds_it_is_what_it_says():
     model = random_model(str(Path(__file__).resolve().parents[2] / "models/shapes/controller"), torch.float32,
                          torch.device("cpu"))  # fmt: skip
@@ -108,7 +122,7 @@ def test_what_the_benchmark_of_the_controller_feeds_it_is_what_it_says():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bench=speed", "is not one of data, sft, sft_klein, vlm"),
+        ("bench=speed", "is not one of data, sft, sft_klein, pprl, vlm"),
         ("data.samples=1", "one batch"),
     ],
 )

@@ -166,6 +166,9 @@ def test_gpus_share_the_groups_and_the_slowest_sets_the_time(plan):
     assert four["evaluations_per_step"] == alone["evaluations_per_step"]
     assert four["flops_per_step"] == alone["flops_per_step"]
     assert four["seconds_per_step"] == pytest.approx(alone["seconds_per_step"] * 3 / 8), "one has 3 groups of 8"
+    replayed = plan(*SMALL, "replay=runs/other")
+    kinds = ("evaluations_per_step", "forwards", "flops")
+    assert [replayed[kind]["rollout"] for kind in kinds] == [0, 0, 0]
     assert four["forwards"]["policy"] > alone["forwards"]["policy"], "and the others draw blanks beside it"
 
 
@@ -179,7 +182,7 @@ def test_text_has_lines_of_its_own(plan):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["engine=zero3"], "engine=zero3, precision=fp32, offload=none: train_pprl has none, ddp, zero1 and zero2"),
+        (["engine=zero3"], "engine=zero3, precision=fp32, offload=none: train_pprl has single, ddp, zero1 and zero2"),
         (["engine.precision=bf16_states"], "precision=bf16_states"),
         (["engine=zero1", "engine.offload=optimizer"], "offload=optimizer"),
         (["model.size_px=[90,96]"], "model.size_px=[90, 96]: both sides must be multiples of 32"),
