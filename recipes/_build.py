@@ -124,5 +124,5 @@ def build_loop(cfg: DictConfig, controller: Replies) -> ClosedLoop:
     """Controller and drawing model of a config with the keys of `run_closed_loop`."""
     klein = build_klein(cfg.model, expect=None)
     options = sampling_of(klein, cfg.steps, cfg.cfg)
-    sampler = Sampler(build_conditioner(klein, cfg.model), batch=cfg.batch, **options)
+    sampler = Sampler(build_conditioner(klein, cfg.model), batch=cfg.batch, share=True, **options)
     return ClosedLoop(controller, sampler, retries=cfg.retries, seed=cfg.seed)

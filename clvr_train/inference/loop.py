@@ -129,7 +129,7 @@ class ClosedLoop:
         asked = open_controller(controller, device=device, precision=precision, **of_controller)
         options = {"window": window, "layers": layers, "device": device, "dtype": dtype_of(precision)}
         klein = load_klein(model, expect=None, **options)
-        sampler = Sampler(Conditioner(klein, size_px), **sampling_of(klein, steps, cfg))
+        sampler = Sampler(Conditioner(klein, size_px), share=True, **sampling_of(klein, steps, cfg))
         return cls(asked, sampler, retries=retries, seed=seed)
 
     def __call__(self, goal: str, **budget: Any) -> Result:

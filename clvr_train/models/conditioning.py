@@ -15,6 +15,7 @@ from clvr_train.models.encoding import Encoder, Memory, Picture
 from clvr_train.models.klein import Klein, count_tokens, image_ids, text_ids
 
 OVERFLOWS = ("cut", "error")
+MOST_FILLED = 0.25  # of a mixed batch's tokens: then one forward costs no more than several
 FITTED_BYTES = 500e6  # of texts cut to the window, which counting tokens makes dear
 
 
@@ -22,7 +23,8 @@ FITTED_BYTES = 500e6  # of texts cut to the window, which counting tokens makes 
 class Conditioning:
     """A batch of conditions of one bucket. B samples, W text tokens, N target tokens, R reference tokens.
 
-    `text` (B, W, J); `references` (B, R, C) or None; `image_ids` (N + R, 4); `text_ids` (W, 4).
+    `text` (B, W, J); `references` (B, R, C) or None; `image_ids` (N + R, 4); `text_ids` (W, 4). `mask` (B, W + N + R)
+    is False at tokens that fill up a batch of several buckets (`mixed`); None: there are none.
     """
 
     text: Tensor
@@ -30,12 +32,14 @@ class Conditioning:
     image_ids: Tensor
     text_ids: Tensor
     num_target: int
+    mask: Tensor | None = None
 
 
 def predict_velocity(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     """The velocity of the target's tokens, (B, N, C), at x_t (B, N, C) and times t (B,) in [0, 1]."""
     batch = x_t.shape[0]
     hidden = x_t if cond.references is None else torch.cat([x_t, cond.references], dim=1)
+    masked = {} if cond.mask is None else {"joint_attention_kwargs": {"attention_mask": cond.mask[:, None, None]}}
     out = transformer(
         hidden_states=hidden.to(cond.text.dtype),
         timestep=t.to(cond.text.dtype),
@@ -44,6 +48,7 @@ def predict_velocity(transformer: torch.nn.Module, x_t: Tensor, t: Tensor, cond:
         txt_ids=cond.text_ids.expand(batch, -1, -1),
         img_ids=cond.image_ids.expand(batch, -1, -1),
         return_dict=False,
+        **masked,
     )[0]
     return out[:, : cond.num_target]
 
@@ -192,20 +197,43 @@ class Conditioner:
     def without_text(self, cond: Conditioning) -> Conditioning:
         """The unconditional branch of guidance: the empty prompt, references kept (as upstream)."""
         empty = self.text([""]).expand(cond.text.shape[0], -1, -1)
-        return Conditioning(empty, cond.references, cond.image_ids, cond.text_ids, cond.num_target)
+        return replace(cond, text=empty)
 
 
 def rows(cond: Conditioning, indices: Sequence[int]) -> Conditioning:
     """The conditions of some samples of a batch."""
     picked = torch.tensor(indices, device=cond.text.device)
     references = None if cond.references is None else cond.references[picked]
-    return replace(cond, text=cond.text[picked], references=references)
+    mask = None if cond.mask is None else cond.mask[picked]
+    return replace(cond, text=cond.text[picked], references=references, mask=mask)
 
 
 def joined(one: Conditioning, other: Conditioning) -> Conditioning:
     """The conditions of two batches of one bucket, one after the other."""
     references = None if one.references is None else torch.cat([one.references, other.references])
-    return replace(one, text=torch.cat([one.text, other.text]), references=references)
+    mask = None if one.mask is None else torch.cat([one.mask, other.mask])
+    return replace(one, text=torch.cat([one.text, other.text]), references=references, mask=mask)
+
+
+def mixed(conds: Sequence[Conditioning]) -> Conditioning:
+    """The conditions of batches whose references are each the beginning of the longest one's, one after the other.
+
+    References are filled up to the longest with tokens that `mask` keeps all others from seeing. Positions count from
+    the first reference, so those of what is there stay.
+    """
+    longest = max(conds, key=lambda cond: cond.image_ids.shape[0])
+    if longest.references is None:
+        return replace(longest, text=torch.cat([cond.text for cond in conds]))
+    num, channels = longest.references.shape[1:]
+    references, masks = [], []
+    for cond in conds:
+        size = cond.text.shape[0]
+        given = longest.references.new_zeros(size, 0, channels) if cond.references is None else cond.references
+        references.append(torch.nn.functional.pad(given, (0, 0, 0, num - given.shape[1])))
+        seen = cond.text_ids.shape[0] + cond.image_ids.shape[0]
+        masks.append((torch.arange(seen + num - given.shape[1], device=given.device) < seen).expand(size, -1))
+    text = torch.cat([cond.text for cond in conds])
+    return replace(longest, text=text, references=torch.cat(references), mask=torch.cat(masks))
 
 
 def by_bucket(conditioner: Conditioner, samples: Sequence[Sample], limit: int) -> list[list[int]]:
@@ -214,3 +242,24 @@ def by_bucket(conditioner: Conditioner, samples: Sequence[Sample], limit: int) -
     for index, sample in enumerate(samples):
         buckets.setdefault(conditioner.bucket(sample), []).append(index)
     return [indices[i : i + limit] for indices in buckets.values() for i in range(0, len(indices), limit)]
+
+
+def by_beginning(conditioner: Conditioner, samples: Sequence[Sample], limit: int) -> list[list[int]]:
+    """Indices of samples that can share a `mixed` batch, at most `limit` together: the references of each are the
+    beginning of the longest one's, and filling up adds at most the share `MOST_FILLED` of that one's tokens.
+    """
+    window = conditioner.klein.window
+    buckets = [conditioner.bucket(sample) for sample in samples]
+    lengths = {bucket: window + sum(map(math.prod, bucket)) for bucket in buckets}
+    groups: list[tuple[tuple, list[int]]] = []
+    for index in sorted(range(len(samples)), key=lambda index: -len(buckets[index])):
+        bucket = buckets[index]
+        for longest, indices in groups:
+            filled = lengths[longest] - lengths[bucket]
+            begins = longest[: len(bucket)] == bucket and filled <= MOST_FILLED * lengths[longest]
+            if begins and len(indices) < limit:
+                indices.append(index)
+                break
+        else:
+            groups.append((bucket, [index]))
+    return [indices for _, indices in groups]

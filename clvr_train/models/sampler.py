@@ -1,6 +1,7 @@
 """Euler sampling of Klein with classifier-free guidance, for rollouts, closed loops and evaluation."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from PIL import Image
@@ -9,7 +10,15 @@ from torch import Tensor
 from clvr_train.data.images import to_image
 from clvr_train.method.flow import guided, inference_times
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.conditioning import Conditioner, Conditioning, by_bucket, joined, predict_velocity
+from clvr_train.models.conditioning import (
+    Conditioner,
+    Conditioning,
+    by_beginning,
+    by_bucket,
+    joined,
+    mixed,
+    predict_velocity,
+)
 from clvr_train.models.klein import decode_tokens
 from clvr_train.runtime.seeding import generator
 
@@ -22,6 +31,8 @@ class Sampler:
         batch: most images in one forward.
         module: what forwards go through, if not the transformer itself: an engine's wrapper of it.
         batched_cfg: both branches of guidance in one forward of twice the batch, not in two. Last bits then differ.
+        share: samples with few references join those with more, filled up and masked (`models.conditioning.mixed`),
+            where little has to be filled up. Last bits then differ.
 
     Counter: `nfe`, network evaluations so far, an image and a branch of guidance counting as one each.
     """
@@ -35,12 +46,14 @@ class Sampler:
         batch: int = 32,
         module: torch.nn.Module | None = None,
         batched_cfg: bool = False,
+        share: bool = False,
     ) -> None:
         if conditioner.klein.distilled and cfg > 1:
             raise ValueError(f"cfg={cfg}: a distilled model takes no guidance, use cfg=1")
         self.conditioner = conditioner
         self.steps, self.cfg, self.batch, self.batched_cfg = steps, cfg, batch, batched_cfg
         self.module = module or conditioner.klein.transformer
+        self.share = share
         self.nfe = 0
 
     @property
@@ -55,13 +68,20 @@ class Sampler:
         return torch.stack([drawn[i] for i in range(len(samples))])
 
     def batches(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> Iterator[tuple[list[int], Tensor]]:
-        """The same as they are drawn: the indices of some samples of one bucket, and their tokens (B, N, C)."""
+        """The same as they are drawn: the indices of some samples that share forwards, and their tokens (B, N, C)."""
         if len(samples) != len(seeds):
             raise ValueError(f"{len(samples)} samples and {len(seeds)} seeds")
-        for indices in by_bucket(self.conditioner, samples, self.batch):
-            cond = self.conditioner.batch([samples[i] for i in indices])
+        group = by_beginning if self.share else by_bucket
+        for indices in group(self.conditioner, samples, self.batch):
+            cond = self._conditions([samples[i] for i in indices])
             noise = torch.stack([self.noise(seeds[i], cond) for i in indices])
             yield indices, self.denoise(noise, cond)
+
+    def _conditions(self, samples: Sequence[Sample]) -> Conditioning:
+        """Of one bucket, or of several that lie one after the other."""
+        parts = [list(same) for _, same in groupby(samples, self.conditioner.bucket)]
+        conds = [self.conditioner.batch(part) for part in parts]
+        return conds[0] if len(conds) == 1 else mixed(conds)
 
     def noise(self, seed: tuple, cond: Conditioning) -> Tensor:
         """Initial noise (N, C) of one image, a function of its seed alone."""

@@ -1,11 +1,13 @@
 """What is encoded, how often, and that a sample's picture does not depend on its batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.conditioning import Conditioner, by_bucket
+from clvr_train.models.conditioning import Conditioner, by_beginning, by_bucket, rows
 from clvr_train.models.sampler import Sampler
 
 RED, BLUE = Image.new("RGB", (96, 96), "red"), Image.new("RGB", (96, 96), "blue")
@@ -93,3 +95,37 @@ def test_priming_and_a_picture_do_not_depend_on_the_batch(tiny_klein):
     # Measured worst difference 2e-6 (float32 sums of other batch sizes).
     assert (together - alone).abs().max() < 1e-4
     assert not torch.equal(together[0], sampler.latents([samples[0]], [(1, "a")])[0])
+
+
+@pytest.mark.parametrize("options", [{"cfg": 1.0}, {"cfg": 4.0}, {"cfg": 4.0, "batched_cfg": True}])
+def test_samples_with_other_numbers_of_references_share_forwards(tiny_klein, options):
+    """What fills up a batch is seen by nobody: the images are those of batches of their own."""
+    klein = replace(tiny_klein(), window=64)
+    conditioner, forwards = Conditioner(klein, (96, 96)), []
+    klein.transformer.register_forward_pre_hook(lambda module, args, inputs: forwards.append(inputs), with_kwargs=True)
+    samples = [sample("a"), sample("b", (RED, BLUE), "two squares"), sample("c", (BLUE,)), sample("d", (RED, BLUE))]
+    seeds = [("x", i) for i in range(4)]
+    found = []
+    for share in (False, True):
+        forwards.clear()
+        sampler = Sampler(conditioner, steps=2, share=share, **options)
+        found.append(sampler.latents(samples, seeds))
+        branches = 2 if options["cfg"] > 1 and "batched_cfg" not in options else 1
+        assert len(forwards) == 2 * branches * (1 if share else 3)
+        assert sampler.nfe == 4 * sampler.nfe_per_image
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-4)
+    seen = forwards[0]["joint_attention_kwargs"]["attention_mask"][:4, 0, 0].sum(1).tolist()
+    assert seen == [64 + 9 * k for k in (3, 3, 2, 1)]
+
+
+def test_only_beginnings_share_and_only_where_little_is_filled_up(tiny_klein):
+    wide = Image.new("RGB", (128, 64))
+    samples = [sample("a"), sample("b", (wide,)), sample("c", (RED,)), sample("d", (RED, BLUE)), sample("e", (BLUE,))]
+    roomy, narrow = (Conditioner(replace(tiny_klein(), window=window), (96, 96)) for window in (64, 12))
+    assert by_beginning(roomy, samples, 8) == [[3, 2, 4, 0], [1]]
+    assert by_beginning(roomy, samples, 2) == [[3, 2], [1, 0], [4]]
+    assert by_beginning(narrow, samples, 8) == [[3, 2, 4], [1], [0]], "9 of 39 tokens are few, 18 are not"
+    sampler = Sampler(roomy, steps=1, cfg=1.0, share=True)
+    cond = sampler._conditions([samples[i] for i in (3, 2)])
+    part = rows(cond, [1])
+    assert part.mask.sum().item() == 64 + 9 + 9 and part.references.shape[1] == 18
