@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-MEASURED = ("seconds_", "memory_", "mfu")  # how names of numbers begin that depend on the machine and its load
+MEASURED = ("seconds_", "memory_", "mfu", "judge_seconds", "judge_latency_s")  # how names of numbers begin that depend on the machine and its load
 
 
 class Clock:

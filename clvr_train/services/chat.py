@@ -85,7 +85,8 @@ class ChatClient:
     All sending is done in one event loop in a thread of its own, so that deadlines hold to the last byte of headers and
     body however slowly they trickle. Proxies and `.netrc` of the environment are not looked at. `counts` holds
     `requests`, `attempts`, `cached`, `failed` (no reply), `unusable` (a reply that is no value), `tokens_in`,
-    `tokens_out` and `cost_usd`.
+    `tokens_out`, `cost_usd`, and `seconds`, the sum of how long each request that was not cached has taken, waits and
+    further attempts included.
 
     Raises:
         ValueError: for a URL that is not http(s), or that holds a name, password or query; for a limit below 1; for an
@@ -101,7 +102,7 @@ class ChatClient:
             raise ValueError(f"limit={options.limit}, breaker={options.breaker}: at least 1; retries: at least 0")
         self._cache = None if options.cache is None else ReplyCache(Path(options.cache))
         names = ("requests", "attempts", "cached", "failed", "unusable", "tokens_in", "tokens_out", "cost_usd")
-        self.counts: dict[str, float] = dict.fromkeys(names, 0)
+        self.counts: dict[str, float] = dict.fromkeys((*names, "seconds"), 0)
         self._lock = threading.Lock()
         self._not_before = 0.0  # a server that asks for patience asks all requests
         self._failures, self._open_until, self._last_failure = 0, 0.0, ""
@@ -174,7 +175,7 @@ class ChatClient:
             else:
                 self._count(cached=1)
                 return answer
-        text = ""
+        text, start = "", time.monotonic()
         try:
             text, complaint = self._submit(self._request(payload)).result()
             if complaint:
@@ -186,6 +187,8 @@ class ChatClient:
         except ValueError as error:
             self._count(unusable=1)
             return Answer(None, self._clean(f"reply: {error}"), text, unusable=True)
+        finally:
+            self._count(seconds=time.monotonic() - start)
         if self._cache:
             self._cache.put(key, text)
         return Answer(value, text=text)

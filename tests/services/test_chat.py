@@ -359,3 +359,18 @@ def test_closing_ends_what_is_under_way():
         with pytest.raises(CancelledError):
             waiting.result()
         assert time.monotonic() - start < 2
+
+
+def test_the_seconds_of_requests_that_the_cache_did_not_answer(tmp_path):
+    def late(connection, body):
+        time.sleep(0.2)
+        says("fine")(connection, body)
+
+    with ScriptedServer(late) as server, client(server, cache=str(tmp_path)) as chat:
+        assert chat.ask(HELLO, str).value == "fine"
+        taken = chat.counts["seconds"]
+        assert 0.2 <= taken < 5.0
+        assert chat.ask(HELLO, str).value == "fine" and chat.counts["cached"] == 1
+        assert chat.counts["seconds"] == taken
+        refused = chat.ask([user_turn("other")], float)
+        assert refused.value is None and chat.counts["seconds"] > taken
