@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from PIL.Image import Image
 from tqdm import tqdm
 
+from clvr_train.evaluation.checkout import Item
+from clvr_train.evaluation.drawing import Drawn
 from clvr_train.method.statistics import mean_se, wilson
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.sampler import Sampler
@@ -49,6 +51,14 @@ def outcome(goal: Goal, image: Image | None, grade: Grade, **facts) -> Outcome:
     return Outcome(goal.id, goal.tag, goal.level, goal.text, bool(passed), float(score), **facts)
 
 
+def draw_single(sampler: Sampler, items: Sequence[Item | Goal], seed: int) -> list[Drawn]:
+    """One drawing from each text, all together; its noise depends on (seed, id)."""
+    before = time.monotonic()
+    images = sampler.draw([Sample(i.id, 1, i.text, ()) for i in items], [("evaluate", seed, i.id, 1) for i in items])
+    seconds = (time.monotonic() - before) / max(1, len(items))
+    return [Drawn(image, rounds=1, nfe=sampler.nfe_per_image, seconds=seconds) for image in images]
+
+
 def single_step(
     sampler: Sampler, goals: Sequence[Goal], grade: Grade, seed: int, batch: int
 ) -> tuple[list[Outcome], list[Image]]:
@@ -56,12 +66,10 @@ def single_step(
     outcomes, images = [], []
     for start in tqdm(range(0, len(goals), batch), desc="evaluate"):
         part = goals[start : start + batch]
-        before = time.monotonic()
-        drawn = sampler.draw([Sample(g.id, 1, g.text, ()) for g in part], [("evaluate", seed, g.id, 1) for g in part])
-        seconds = (time.monotonic() - before) / len(part)
-        images += drawn
-        for goal, image in zip(part, drawn, strict=True):
-            outcomes.append(outcome(goal, image, grade, rounds=1, nfe=sampler.nfe_per_image, seconds=seconds))
+        for goal, one in zip(part, draw_single(sampler, part, seed), strict=True):
+            images.append(one.image)
+            facts = {"rounds": one.rounds, "nfe": one.nfe, "seconds": one.seconds}
+            outcomes.append(outcome(goal, one.image, grade, **facts))
     return outcomes, images
 
 
