@@ -12,7 +12,7 @@ from clvr_train.pprl.tasks import Task
 from clvr_train.proxy.chat_teacher import ChatTeacher
 from clvr_train.proxy.prompts import Teacher
 from clvr_train.rewards.combine import Judge, Mix, trajectory_reward
-from clvr_train.rewards.local import ClipScore, Rules
+from clvr_train.rewards.local import ClipScore, Rules, Saturation
 from clvr_train.rewards.unified_reward import UnifiedReward, UnifiedRewardEdit
 from clvr_train.services.chat import ChatClient
 from clvr_train.services.options import ChatOptions
@@ -20,7 +20,7 @@ from clvr_train.shapes.judge import ShapesJudge
 from clvr_train.shapes.teacher import ShapesTeacher
 
 TEACHERS = ("shapes", "openai")
-OF_IMAGES = ("shapes", "unified_reward", "clip", "rules")
+OF_IMAGES = ("shapes", "unified_reward", "clip", "rules", "saturation")
 OF_EDITS = ("shapes", "unified_reward_edit", "rules")
 # Play no part in the scores: a run may go on with other values.
 REWARD_KEYS = ("reward.max_missing", "reward.wait_s", "reward.unified_reward.url", "reward.unified_reward_edit.url")
@@ -81,6 +81,7 @@ def build_reward(reward: DictConfig, weight_global: float, weight_edit: float, s
     makers: dict[str, Callable[[], Any]] = {
         "shapes": ShapesJudge,
         "rules": Rules,
+        "saturation": Saturation,
         "clip": lambda: ClipScore(_folder(reward.clip.folder), reward.clip.device),
         "unified_reward": lambda: UnifiedReward(
             client(reward.unified_reward), reward.unified_reward.weights, reward.unified_reward.template
@@ -97,6 +98,11 @@ def build_reward(reward: DictConfig, weight_global: float, weight_edit: float, s
         raise ValueError("reward.of_images: no judge has a weight above 0")
     if not of_edits and weight_edit:
         raise ValueError("reward.of_edits: no judge has a weight above 0; give one, or set pprl.weight_edit=0")
+    for name in ("clip", "unified_reward", "unified_reward_edit"):
+        if name in {**of_images, **of_edits} and name not in reward:
+            raise ValueError(
+                f"{name}: this reward has no settings of that judge; choose reward=unified_reward, or clip"
+            )
     judges = {name: makers[name]() for name in {**of_images, **of_edits}}
     mix = Mix(
         {name: (judges[name].global_score, weight) for name, weight in of_images.items()},

@@ -77,3 +77,13 @@ class Rules:
             np.asarray(picture.convert("RGB").resize(image.size), dtype=np.float32) for picture in (source, image)
         )
         return Score(min(1.0, float(np.abs(after - before).mean()) / 255 / self._change_full))
+
+
+class Saturation:
+    """The mean of (largest - smallest channel) / 255 over an image's pixels: a judge that is easily hacked, to see how
+    a run that is hacked looks and what the sentinel does (docs/pprl.md). It has no score of edits.
+    """
+
+    def global_score(self, image: Image, prompt: str) -> Score:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+        return Score(float((pixels.max(-1) - pixels.min(-1)).mean() / 255))

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from clvr_train.models.tiny import train_tokenizer
-from clvr_train.rewards.local import ClipScore, Rules
+from clvr_train.rewards.local import ClipScore, Rules, Saturation
 
 NOISE = Image.effect_noise((64, 48), 90).convert("RGB")
 RED = Image.new("RGB", (64, 64), (200, 30, 30))
@@ -66,3 +66,11 @@ def test_rules_say_what_pixels_say():
     assert rules.edit_score(RED, faint, "").value == pytest.approx(1 / 255 / 0.01)
     with pytest.raises(ValueError, match="both must be above 0"):
         Rules(contrast_full=0.0)
+
+
+def test_saturation_is_that_of_pure_colours():
+    judge = Saturation()
+    scores = [
+        judge.global_score(image, "p").value for image in (Image.new("RGB", (4, 4), "blue"), RED, RED.convert("L"))
+    ]
+    assert scores == pytest.approx([1.0, 170 / 255, 0.0])
