@@ -26,6 +26,7 @@ DOORS = {
     "hydra": ("recipes/",),
     "omegaconf": ("recipes/",),
     "wandb": ("clvr_train/runtime/metrics.py",),
+    "wandb_workspaces": ("clvr_train/runtime/workspace.py",),
     "diffusers": ("clvr_train/models/",),
     "trl": ("clvr_train/sft/vlm.py",),
     "deepspeed": ("clvr_train/runtime/",),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,19 @@ def curves_of(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, dict[s
         for name, value in row.items():
             if name != "step":
                 points.setdefault(name, []).append((row["step"], value))
-    result: dict[str, dict[str, dict[str, Points]]] = {family: {} for family in FAMILIES}
-    for metric, values in points.items():
+    return {
+        family: {title: {name: points[metric] for metric, name in frame.items()} for title, frame in frames.items()}
+        for family, frames in frames_of(points).items()
+    }
+
+
+def frames_of(metrics: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Family -> title of a frame -> metric -> the name of its curve there."""
+    result: dict[str, dict[str, dict[str, str]]] = {family: {} for family in FAMILIES}
+    for metric in metrics:
         family = next(family for family, pattern in FAMILIES.items() if re.match(pattern, metric))
         title, name = _frame(metric)
-        result[family].setdefault(title, {})[name] = values
+        result[family].setdefault(title, {})[metric] = name
     return {family: frames for family, frames in result.items() if frames}
 
 
