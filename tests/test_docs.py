@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from clvr_train.data.readers import read_trajectories
+from clvr_train.inference.__main__ import make_parser
 from clvr_train.method.truncation import truncate
 from clvr_train.rewards.combine import simple_prompt
 from clvr_train.shapes.edits import find_edits, read_mentions
@@ -87,6 +88,8 @@ def check_shell(command: str) -> None:
         assert words[0] != "make" or words[1] in targets, f"no such target: {command}"
     elif recipe:
         check(recipe[1], *shlex.split(recipe[2]))
+    elif words[:3] == ["python", "-m", "clvr_train.inference"]:
+        make_parser().parse_args(words[3:])
     elif script and ROOT / script[1] in STORIES:
         pass  # test_every_command_of_a_story_composes
     elif script:

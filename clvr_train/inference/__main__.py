@@ -9,8 +9,8 @@ from clvr_train.inference.closed_loop import Budget
 from clvr_train.inference.loop import ClosedLoop
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Writes the trajectories and says, a line a goal, what became of it; 1 after an error, which is one line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
     parser = argparse.ArgumentParser("python -m clvr_train.inference", description="Draws goals in closed loop.")
     parser.add_argument("goals", nargs="+", help="what to draw, a text each")
     parser.add_argument("--model", required=True, help="diffusers folder of a FLUX.2 Klein")
@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name in Budget.__dataclass_fields__:
         kind = float if name == "max_seconds" else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Budget, name), help="see Budget")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Writes the trajectories and says, a line a goal, what became of it; 1 after an error, which is one line."""
+    args = make_parser().parse_args(arguments)
     options = {"size_px": tuple(args.size), "window": args.window, "layers": args.layers, "seed": args.seed}
     options |= {"device": args.device, "precision": args.precision}
     options |= {"name": args.controller_name, **({"key_env": args.key_env} if args.key_env else {})}

@@ -55,7 +55,8 @@ def open_controller(
         device, precision, batch: of a folder's model.
 
     Raises:
-        ValueError: for a URL without a model's name, an unknown precision, and as `load_controller` and `ChatClient`.
+        ValueError: for a URL without a name, a folder with what is a server's, an unknown precision, and as
+            `load_controller` and `ChatClient`.
         FileNotFoundError: as `load_controller`.
     """
     if str(where).startswith(("http://", "https://")):
@@ -63,6 +64,9 @@ def open_controller(
             raise ValueError(f"controller {where}: the name under which the server knows the model is needed")
         options = ChatOptions(str(where), name, max_tokens=max_new_tokens, **chat)
         return ChatController(ChatClient(options), max_pixels)
+    if name or chat:
+        given = ", ".join((["name"] if name else []) + list(chat))
+        raise ValueError(f"controller {where}: is a folder, and {given} is of a chat server, http://host:port/v1")
     options = {"max_pixels": max_pixels, "max_new_tokens": max_new_tokens, "batch": batch}
     return load_controller(Path(where), device=device, dtype=dtype_of(precision), **options)
 

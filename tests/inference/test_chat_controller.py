@@ -16,7 +16,7 @@ from clvr_train.services.chat import ChatClient
 from clvr_train.services.options import ChatOptions
 from tests.launch.test_serve_judge import SERVING
 from tests.launch.test_serve_judge import server as real_server  # noqa: F401, a fixture
-from tests.services.server import ScriptedServer, completion, http, says
+from tests.services.server import ScriptedServer, completion, hangs, http, says, trickles
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (64, 32), "blue")
 STEPS = [
@@ -141,6 +141,17 @@ def test_no_server_at_all_is_a_reason_without_the_key() -> None:
     with asked.client:
         (result,) = run_closed_loop(asked, draw, [("a", "a circle")])
     assert result.trajectory is None and result.stop_reason.startswith("controller: no connection")
+
+
+@pytest.mark.parametrize("act", [hangs, trickles(http(200, completion("and then " * 1000)), 0.05)])
+def test_a_server_that_never_ends_its_reply_is_left(act) -> None:
+    with ScriptedServer(act) as server:
+        asked = controller(server.url, attempt_s=0.3, deadline_s=0.5)
+        began = time.monotonic()
+        with asked.client:
+            results = run_closed_loop(asked, draw, [(name, name) for name in "abc"])
+    assert {r.stop_reason for r in results} == {"controller: no reply within 0.3 s (attempt 1)"}
+    assert time.monotonic() - began < 10, "in parallel, and not asked again"
 
 
 def test_further_attempts_have_seeds_of_their_own() -> None:

@@ -80,6 +80,7 @@ def test_loading_says_what_is_missing() -> None:
         ((models / "distilled", "none"), {}, "none/config.json: no such file"),
         ((models / "distilled", "http://127.0.0.1:9/v1"), {}, "the name under which the server knows the model"),
         ((models / "distilled", models / "controller"), {"precision": "fp8"}, "precision='fp8'"),
+        ((models / "distilled", models / "controller"), {"key_env": "KEY"}, "a folder, and key_env is of a chat"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ClosedLoop.load(*arguments, **options)
