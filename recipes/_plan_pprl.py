@@ -73,6 +73,13 @@ class Epoch:
         options |= {"training_cfg": self.pprl.cfg, "anchored": self.anchored}
         return network_evaluations(self.drawn, self.items, **options)
 
+    def probe(self, tasks: int) -> dict[str, int]:
+        """Evaluations of the sentinel's probe (`pprl.signals.Probe`), which are not in those of the epoch: at the start
+        of a training, and at every look.
+        """
+        each = self.rollout.steps * (2 if self.rollout.cfg > 1 else 1)
+        return {"start": tasks * (each + 1), "look": tasks * (each + 2)}
+
     def forwards(self) -> dict[str, int]:
         """Calls of the transformer by all GPUs, groups of one length of history sharing them."""
         rollout, pprl = self.rollout, self.pprl
@@ -206,6 +213,7 @@ def plan_pprl(cfg: DictConfig, training: DictConfig) -> dict:
         "forwards_per_step": sum(forwards.values()),
         "forwards": forwards,
         "evaluations_per_step": epoch.evaluations(),
+        "probe_evaluations": epoch.probe(training.sentinel.probe),
         "images_per_step": epoch.rollouts,
         "items_per_step": epoch.items,
         "anchored_per_step": epoch.anchored,

@@ -18,7 +18,7 @@ MODELS = Path(__file__).resolve().parents[2] / "models/shapes"
 SMALL = [
     "recipe=train_pprl", f"model.folder={MODELS}/base", "data.folder=null", "data.trajectories=16", "lora.rank=4",
     "lora.alpha=8", "rollout.groups=8", "rollout.group_size=2", "rollout.steps=2", "rollout.batch=3", "pprl.epochs=1",
-    "pprl.micro_batch=3", "reward.screen=false",
+    "pprl.micro_batch=3", "reward.screen=false", "sentinel.probe=0",
 ]  # fmt: skip
 
 
@@ -100,6 +100,16 @@ def test_counts_are_those_of_a_real_epoch(plan, epoch, overrides):
     texts = planned["encodings_per_step"]["uncached"]["text_encoder"] + guided  # and the empty one of a run
     assert found["encodings"]["text_encoder"] == texts
     assert found["encodings"]["vae"] <= planned["encodings_per_step"]["uncached"]["vae"]  # some share pictures
+
+
+def test_the_probe_of_the_sentinel_is_counted_apart(plan, epoch):
+    """Three tasks are drawn by the reference at the start, then by the policy, whose velocities are compared with
+    those of old.
+    """
+    options = ["rollout.groups=4", "pprl.t2i_share=1", "sentinel.probe=3", "sentinel.every=1"]
+    planned, found = plan(*SMALL, *options), epoch(*options)
+    beside = sum(found["evaluations"].values()) - planned["evaluations_per_step"]["total"]
+    assert beside == sum(planned["probe_evaluations"].values()) == 3 * (4 + 1) + 3 * (4 + 2)
 
 
 def test_flat_groups_and_missing_scores_cost_nothing(epoch, monkeypatch):
