@@ -21,7 +21,9 @@ from clvr_train.data.loader import Drawn
 from clvr_train.data.refusals import Refusals
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.klein import save_klein, transformer_from
+from clvr_train.models.utilisation import Utilisation
 from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.clock import Clock, memory
 from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
@@ -97,21 +99,30 @@ def train(cfg: DictConfig, world: World) -> None:
         if cfg.replay:
             replay(engine, batches, backward, failed)
             return
+        clock, use = Clock(), Utilisation(conditioner, cfg.engine.precision)
         bar = tqdm(desc="train_dit", initial=engine.steps, total=steps, disable=not world.first)
         with Metrics(run, resume, wandb=cfg.logger.wandb) if world.first else nullcontext() as metrics, bar:
             while engine.steps < steps:
                 world.phase = f"step {engine.steps + 1}: reading"
-                batch = next(batches)
-                out = backward(batch)
-                values = engine.step(account(batch, out))
+                with clock.phase("data"):
+                    batch = next(batches)
+                with clock.phase("forward_backward"):
+                    out = backward(batch)
+                with clock.phase("update"):
+                    values = engine.step(account(batch, out))
+                use.add([sample for _, sample in batch])
                 if engine.skipped_in_a_row:
                     continue  # nothing has changed
                 bar.update()
                 last = engine.steps == steps
-                validated = validation.at(engine, last, metrics)
+                with clock.phase("validation"):
+                    validated = validation.at(engine, last, metrics)
                 if last or validated or engine.steps % cfg.train.log_every == 0:
                     values |= {"refused": refused + sum(world.gather(refusals.refused)), **validated}
                     if metrics:
+                        seconds = clock.take()
+                        trained = seconds["seconds_total"] - seconds["seconds_validation"]
+                        values |= position(engine, batch) | seconds | use.take(trained) | memory(world.device)
                         metrics.log(engine.steps, loss=out.loss, **out.metrics, **values)
                 ending = sigterm.asked()
                 if ending or last or engine.steps % cfg.train.save_every == 0:
@@ -125,6 +136,11 @@ def train(cfg: DictConfig, world: World) -> None:
         if world.first:
             tuned = transformer_from(transformer.config, weights)
             save_klein(klein.folder, tuned, run / name, precision=cfg.train.save_precision)
+
+
+def position(engine: Engine, batch: list[tuple[Drawn, Sample]]) -> dict[str, float]:
+    """How far the data has been read: batches drawn, and the latest epoch that a sample of this one is of."""
+    return {"data_batch": engine.batches, "data_epoch": max((epoch for (epoch, _), _ in batch), default=0)}
 
 
 def account(batch: list[tuple[Drawn, Sample]], out: LossOutputs) -> dict:

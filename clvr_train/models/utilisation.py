@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation of a training of the DiT: FLOPs that its samples ask for, over what the GPU could do."""
+"""Model FLOPs utilisation (MFU) of a training: FLOPs that its samples ask for, over what the GPU could do."""
 
 import functools
 from collections.abc import Sequence
@@ -19,15 +19,19 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     return None if gpu is None else gpu.fp32 if dtype == torch.float32 else gpu.bf16
 
 
+def peak_of(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s of a device; None for a CPU and for a GPU that is not known."""
+    return peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
 class Utilisation:
     """Adds up the FLOPs of this rank's samples: forward and backward of the transformer, three forwards in all, without
     what is recomputed, as the `plan` recipe counts them. On a CPU, or an unknown GPU, it does nothing.
     """
 
     def __init__(self, conditioner: Conditioner, precision: str) -> None:
-        device = conditioner.klein.device
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-        self.peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+        self.peak = peak_of(conditioner.klein.device, dtype)
         self._conditioner, self._flops = conditioner, 0
         self._of = functools.cache(functools.partial(_flops, conditioner, dtype))
 

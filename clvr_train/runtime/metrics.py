@@ -18,7 +18,7 @@ from clvr_train.runtime.redaction import redact
 
 FILE = "metrics.jsonl"
 MOST_WAITING = 10_000  # lines that wait for wandb, say while it looks for its server
-WAITS = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds
+WAITS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}  # seconds
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class _Mirror:
 
             cells = [[row.get(column) for column in columns] for row in rows]
             data = [[wandb.Image(cell) if isinstance(cell, Image) else cell for cell in line] for line in cells]
-            self._run.log({name: wandb.Table(columns=columns, data=data)}, step=step)
+            self._run.log({name: wandb.Table(columns=[*columns], data=data)}, step=step)
 
         self._call(show)
 

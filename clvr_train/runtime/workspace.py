@@ -22,7 +22,7 @@ def workspace(project: str, entity: str, name: str, sections: Sections, media: S
 
     Only the first section is open.
     """
-    made = [
+    made: list = [
         workspaces.Section(
             name=section,
             is_open=number == 0,
@@ -31,7 +31,7 @@ def workspace(project: str, entity: str, name: str, sections: Sections, media: S
         for number, (section, plots) in enumerate(sections.items())
     ]
     if media:
-        shown = [panels.MediaBrowser(title=key, media_keys=[key], num_columns=1) for key in media]
+        shown: list = [panels.MediaBrowser(title=key, media_keys=[key], num_columns=1) for key in media]
         made.append(workspaces.Section(name="Pictures and tables", is_open=True, panels=shown))
     return workspaces.Workspace(project=project, entity=entity, name=name, sections=made)
 
