@@ -94,13 +94,13 @@ def _comment(lines: list[str], mark: yaml.Mark) -> str:
 
 
 def elsewhere(file: Path, conf: Path) -> dict[str, str]:
-    """Meanings of the keys that have no comment in the file: those of the other choices of a group, and of the recipe
-    whose keys the file sets.
+    """Meanings of keys that have no comment in the file: those of the other choices of a group, and of the recipe whose
+    keys the file sets. A key within another may have that one's.
     """
     groups = [other for other in sorted(file.parent.glob("*.yaml")) if file.parent != conf]
     if file.parent.name == "tiny" or file.stem == "plan":
         keys = {key for key, _, _ in rows(file)}
-        recipes = [conf / "train_dit.yaml", conf / "train_vlm.yaml"]
+        recipes = [conf / f"train_{what}.yaml" for what in ("dit", "vlm", "pprl")]
         groups = sorted(recipes, key=lambda recipe: -len(keys & {key for key, _, _ in rows(recipe)}))
     found: dict[str, str] = {}
     for other in groups:
@@ -116,7 +116,7 @@ def table(file: Path, conf: Path) -> str:
     sets_all = file.parent == conf or "@package _global_" in file.read_text(encoding="utf-8")
     group = "" if sets_all else f"{file.parent.name}."
     for key, default, own in rows(file):
-        meaning = own or known.get(key, "")
+        meaning = own or known.get(key) or known.get(key.rpartition(".")[0], "")
         cells = [f"`{group}{key}`", f"`{default}`" if default else "", meaning.replace("<", "&lt;")]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)

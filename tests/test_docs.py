@@ -22,7 +22,7 @@ from clvr_train.method.truncation import truncate
 from clvr_train.rewards.combine import simple_prompt
 from clvr_train.shapes.edits import find_edits, read_mentions
 from clvr_train.shapes.language import parse_goal
-from recipes import _document
+from recipes import _document, plan
 from recipes._config import check_command, experiments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +60,10 @@ NOT_RUN = {
     "make test": "it is what runs this test",
     "make test-all": "the same tests, and one more build of DeepSpeed",
     "make check": "the linter; what it calls are pinned tools",
+    "make .venv": "minutes of installation; it is what this test runs in",
+    "git clone REPOSITORY clvr_train": "the name stands for where the project lies",
+    "cd clvr_train": "the folder of that clone",
+    "source .venv/bin/activate": "the environment that this test runs in",
 }
 
 
@@ -83,7 +87,14 @@ def check_shell(command: str) -> None:
         words = words[1:]
     recipe = re.search(r"(?:^python|^torchrun .*) recipes/([a-z]\w*)\.py ?(.*)", shlex.join(words))
     script = re.match(r"(?:bash|sbatch [^ ].*|sbatch) (launch/\w+\.(?:sh|sbatch))", shlex.join(words))
-    if shlex.join(words) in NOT_RUN:
+    extra = re.fullmatch(
+        r"pip install -e '\.\[(\w+)\]'", shlex.join(words)
+    )  # an extra that there is; `make` installs it
+    if extra:
+        assert re.search(rf"^{extra[1]} =$", (ROOT / "setup.cfg").read_text(), re.MULTILINE), (
+            f"no such extra: {command}"
+        )
+    elif shlex.join(words) in NOT_RUN:
         targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[0] != "make" or words[1] in targets, f"no such target: {command}"
     elif recipe:
@@ -350,3 +361,21 @@ def test_every_key_says_what_it_means() -> None:
     lines = (ROOT / "docs/configuration.md").read_text(encoding="utf-8").splitlines()
     mute = [line for line in lines if line.endswith("|  |")]
     assert not mute, f"say it in a comment beside the key in conf/, then: python recipes/_document.py ({mute})"
+
+
+def test_every_recipe_has_a_section_and_every_page_is_in_the_index() -> None:
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(sections) == sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if f"({path.name})" not in index] == ["README.md"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["klein_4b_sft", "qwen3vl_8b_sft"])
+def test_the_hardware_table_is_that_of_plan(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    row = re.search(rf"\| ([\d.]+) GB \| ([\d.]+) s \| `python recipes/plan.py experiment={experiment}` \|", text)
+    plan.main([f"experiment={experiment}"])
+    said = capsys.readouterr().out
+    total, seconds = re.search(r"total +([\d.]+) GB", said)[1], re.search(r"time +([\d.]+) s", said)[1]
+    assert row and (f"{float(total):.1f}", float(seconds)) == (row[1], float(row[2])), said
