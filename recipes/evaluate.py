@@ -24,6 +24,7 @@ from clvr_train.evaluation.checkout import Item
 from clvr_train.evaluation.drawing import Drawn
 from clvr_train.evaluation.runner import Goal, Outcome, draw_single, outcome, rows, single_step, summarise
 from clvr_train.inference.closed_loop import Result, run_closed_loop
+from clvr_train.inference.loop import open_controller
 from clvr_train.models.sampler import Sampler
 from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.files import write_atomic
@@ -39,14 +40,17 @@ Loop = Callable[[Sequence[tuple[str, str]], Callable[[int], None] | None], list[
 
 def build_loop(cfg: DictConfig, sampler: Sampler, world: World) -> Loop:
     """The controller's rounds over (id, text) pairs."""
-    from clvr_train.models.qwen_vl import load_controller
-
-    controller = load_controller(Path(cfg.controller), device=world.device)
+    chat = {name: cfg[f"controller_{name}"] for name in ("name", "key_env") if cfg[f"controller_{name}"] is not None}
+    controller = open_controller(cfg.controller, device=world.device, max_pixels=None, max_new_tokens=128, **chat)
     budget = build_budget(cfg)
 
     def loop(goals: Sequence[tuple[str, str]], on_done: Callable[[int], None] | None = None) -> list[Result]:
         options = {"budget": budget, "seed": cfg.seed, "nfe_per_image": sampler.nfe_per_image, "on_done": on_done}
-        return run_closed_loop(controller, sampler.draw, goals, **options)
+        results = run_closed_loop(controller, sampler.draw, goals, **options)
+        lost = [result.stop_reason for result in results if result.stop_reason.startswith("controller: ")]
+        if lost:  # no fault of what is evaluated
+            raise OSError(f"{len(lost)} of {len(goals)} goals got no reply ({lost[0]}); run the same command again")
+        return results
 
     return loop
 

@@ -1,4 +1,4 @@
-"""run_closed_loop with a controller on a chat server: it dies, and the same command goes on."""
+"""run_closed_loop and evaluate with a controller on a chat server: it dies, and the same command goes on."""
 
 import json
 from pathlib import Path
@@ -91,3 +91,24 @@ def test_the_number_of_steps_is_that_of_the_kind_of_model(run) -> None:
     with ScriptedServer(answers(polite)) as server:
         rows, _ = run(server, polite, "steps=null", "max_nfe=60")
     assert {(row["nfe"], row["stop_reason"]) for row in rows.values()} == {(56, "max_nfe")}
+
+
+def test_evaluate_asks_a_chat_server_and_scores_nothing_that_it_did_not_answer(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from recipes.evaluate import main
+
+    monkeypatch.chdir(tmp_path)
+    alive = True
+    with ScriptedServer(answers(lambda goal, turn, request: TURNS[turn] if alive else 400)) as server:
+        command = ["mode=closed_loop", f"controller={server.url}", "controller_name=my/vlm", "num=3", "steps=1",
+                   "cfg=1", f"model.folder={tiny_folder}", "model.window=48"]  # fmt: skip
+        alive = False
+        with pytest.raises(SystemExit):
+            main([*command, "run=eval"])
+        assert "3 of 3 goals got no reply (controller: HTTP 400: it broke); run the same" in capsys.readouterr().err
+        assert not Path("runs/eval/evaluation.json").exists()
+        alive = True
+        main([*command, "run=eval"])
+    summary = json.loads(Path("runs/eval/evaluation.json").read_text())
+    assert (summary["n"], summary["rounds_per_goal"]) == (3, 2.0)
