@@ -61,8 +61,19 @@ class Reward:
 
     def counts(self) -> dict[str, float]:
         """Of all clients together, since they were made."""
-        names = ("requests", "cached", "failed", "unusable", "tokens_in", "tokens_out") if self.clients else ()
+        names = ("requests", "cached", "failed", "unusable", "tokens_in", "tokens_out", "seconds")
+        names = names if self.clients else ()
         return {f"judge_{name}": sum(client.counts[name] for client in self.clients) for name in names}
+
+
+def judge_latency(counts: dict[str, float]) -> dict[str, float]:
+    """Of the counts of all ranks: mean seconds of a request that was not cached, and the share of those that were."""
+    requests = counts.get("judge_requests", 0)
+    if not requests:
+        return {}
+    asked = requests - counts["judge_cached"]
+    latency = {"judge_latency_s": counts["judge_seconds"] / asked} if asked else {}
+    return {"judge_cached_share": counts["judge_cached"] / requests} | latency
 
 
 def build_reward(reward: DictConfig, weight_global: float, weight_edit: float, stack: ExitStack) -> Reward:

@@ -110,7 +110,8 @@ def train(cfg: DictConfig, world: World) -> None:
                     out = backward(batch)
                 with clock.phase("update"):
                     values = engine.step(account(batch, out))
-                use.add([sample for _, sample in batch])
+                if metrics:
+                    use.add([sample for _, sample in batch])
                 if engine.skipped_in_a_row:
                     continue  # nothing has changed
                 bar.update()

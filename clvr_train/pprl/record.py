@@ -1,6 +1,7 @@
 """What PPRL leaves behind: `rollouts.jsonl`, grids of rollouts, and the state of the policies."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -9,12 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clvr_train.data.images import open_image
 from clvr_train.method.truncation import trace
 from clvr_train.models.adapters import ADAPTERS, adapter_weights
 from clvr_train.pprl.rollout import Group
 from clvr_train.runtime.files import write_atomic
 
 FILE = "rollouts.jsonl"
+GRID_PIXELS = 40_000_000  # of an epoch's picture: more is made smaller
+TABLE_ROWS, TABLE_PIXELS = 16, 2_000_000  # of a table of rollouts, and of the pictures in each of its rows
 
 
 def policy_tensors(transformer: torch.nn.Module) -> dict[str, Tensor]:
@@ -56,7 +60,18 @@ class RolloutRecord:
         self._file.close()
 
     def write(self, epoch: int, groups: list[Group], images: bool) -> None:
-        """The rollouts of one epoch; with `images` also `samples/epoch-<n>.png`, a row a group, best reward first."""
+        """The rollouts of one epoch; with `images` also `samples/epoch-<n>.png`, a row a group: its rollouts, best
+        reward first, then its references. The lines say where in the picture each is.
+        """
+        cells, references = {}, {}
+        if images:
+            drawn = [group for group in groups if group.images]
+            orders = [_best_first(group) for group in drawn]
+            rows = [[g.images[k] for k in order] + _references(g) for g, order in zip(drawn, orders, strict=True)]
+            boxes = save_grid(self._run / "samples" / f"epoch-{epoch:05d}.png", bounded(rows))
+            for group, order, row in zip(drawn, orders, boxes, strict=True):
+                cells |= {(group.place, k): box for k, box in zip(order, row, strict=False)}
+                references[group.place] = row[len(order) :]
         for group in groups:
             task = group.task
             for k, score in enumerate(group.scores):
@@ -72,30 +87,82 @@ class RolloutRecord:
                     "advantage": group.advantages[k],
                     "r": group.r[k],
                 }
+                if (group.place, k) in cells:
+                    row["cell"] = cells[group.place, k]
+                if k == 0 and references.get(group.place):
+                    row["reference_cells"] = references[group.place]
                 if k == 0:
                     row["context"] = trace(task.sample.goal, task.sample.reasonings)
                     row["p_t2i"], row["p_i2i"] = task.prompt.p_t2i, task.prompt.p_i2i
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
-        if images:
-            save_grid(self._run / "samples" / f"epoch-{epoch:05d}.png", [_best_first(group) for group in groups])
 
 
-def _best_first(group: Group) -> list[Image.Image]:
-    """The images of a group that this rank has drawn."""
-    order = sorted(range(len(group.images or ())), key=lambda k: -(group.scores[k].value or 0.0))
-    return [group.images[k] for k in order]
+def _best_first(group: Group) -> list[int]:
+    """The numbers of the rollouts, best reward first."""
+    return sorted(range(group.size), key=lambda k: -(group.scores[k].value or 0.0))
 
 
-def save_grid(file: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
-    """Writes images as a PNG, row by row; nothing if there are none."""
-    rows = [row for row in rows if row]
-    if not rows:
-        return
-    width, height = (max(getattr(image, side) for row in rows for image in row) for side in ("width", "height"))
-    grid = Image.new("RGB", (max(map(len, rows)) * (width + 2), len(rows) * (height + 2)), "white")
-    for number, row in enumerate(rows):
-        for column, image in enumerate(row):
-            grid.paste(image, (column * (width + 2), number * (height + 2)))
+def _references(group: Group) -> list[Image.Image]:
+    """The images of the history, no larger than those that were drawn."""
+    images = [open_image(image) for image in group.task.sample.references]
+    for image in images:
+        image.thumbnail(group.images[0].size)
+    return images
+
+
+def bounded(rows: Sequence[Sequence[Image.Image]], pixels: int = GRID_PIXELS) -> list[list[Image.Image]]:
+    """The images made smaller, all to the same longest side, where their grid would have more pixels than that."""
+    cells = len(rows) * max(map(len, rows), default=0)
+    side = max(1, math.isqrt(pixels // max(1, cells)) - 2)
+    smaller = [[image.copy() for image in row] for row in rows]
+    for image in (image for row in smaller for image in row):
+        image.thumbnail((side, side))
+    return smaller
+
+
+def save_grid(file: Path, rows: Sequence[Sequence[Image.Image]]) -> list[list[list[int]]]:
+    """Writes images as a PNG, row by row; nothing if there are none. Returns where each is, as `join`."""
+    if not any(rows):
+        return [[] for _ in rows]
+    grid, boxes = join(rows)
     file.parent.mkdir(exist_ok=True)
     grid.save(file)
+    return boxes
+
+
+def join(rows: Sequence[Sequence[Image.Image]]) -> tuple[Image.Image, list[list[list[int]]]]:
+    """Images, of which there is one at least, in one; and where each is: [x, y, width, height] in pixels, row by row.
+    A row without images takes no room.
+    """
+    width, height = (max(getattr(image, side) for row in rows for image in row) for side in ("width", "height"))
+    grid = Image.new("RGB", (max(map(len, rows)) * (width + 2), sum(map(bool, rows)) * (height + 2)), "white")
+    boxes: list[list[list[int]]] = []
+    top = 0
+    for row in rows:
+        boxes.append([[column * (width + 2), top, *image.size] for column, image in enumerate(row)])
+        for (left, *_), image in zip(boxes[-1], row, strict=True):
+            grid.paste(image, (left, top))
+        top += height + 2 if row else 0
+    return grid, boxes
+
+
+def rollout_rows(groups: Sequence[Group]) -> list[dict[str, object]]:
+    """Groups that this rank has drawn, TABLE_ROWS at most, as rows of a table, with pictures made smaller: a part of
+    what rollouts.jsonl and the grid hold.
+    """
+    rows: list[dict[str, object]] = []
+    for group in [group for group in groups if group.images][:TABLE_ROWS]:
+        task, order = group.task, _best_first(group)
+        drawn, references = bounded([[group.images[k] for k in order], _references(group)], TABLE_PIXELS)
+        goal, _, reasoning = trace(task.sample.goal, task.sample.reasonings).partition("\n")
+        said = [f"k {k}: {group.scores[k].transcript or group.scores[k].reason}" for k in order]
+        rows.append(
+            {"goal": goal, "reasoning": reasoning,
+             "references": join([references])[0] if references else None,
+             "rollouts by reward": join([drawn])[0],
+             "rewards": ", ".join("missing" if (v := group.scores[k].value) is None else f"{v:.3f}" for k in order),
+             "scene prompt": task.prompt.p_t2i, "edit prompt": task.prompt.p_i2i or "",
+             "judge's words": "\n".join(text for text in said if not text.endswith(": "))}
+        )  # fmt: skip
+    return rows
