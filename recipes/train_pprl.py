@@ -33,12 +33,13 @@ from clvr_train.models.adapters import (
 from clvr_train.models.blocks import set_checkpointing
 from clvr_train.models.klein import save_klein
 from clvr_train.models.sampler import Sampler
-from clvr_train.pprl.record import RolloutRecord, load_policies, policy_tensors
+from clvr_train.pprl.record import RolloutRecord, load_policies, policy_tensors, rollout_rows
 from clvr_train.pprl.reward_stats import reward_statistics
 from clvr_train.pprl.rollout import gather_scores, rollout_metrics, set_advantages
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
 from clvr_train.pprl.waiting import wait_for_scores
 from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.clock import Clock, memory
 from clvr_train.runtime.distributed import World, start
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
@@ -47,7 +48,7 @@ from recipes._build import CACHE_KEYS, build_conditioner, build_engine, build_kl
 from recipes._guard import Guard
 from recipes._recipe import recipe, run_folder
 from recipes._rollouts import Rollouts
-from recipes._services import REWARD_KEYS, Reward, build_reward
+from recipes._services import REWARD_KEYS, Reward, build_reward, judge_latency
 
 logger = logging.getLogger(__name__)
 MAY_CHANGE = ("pprl.save_every", "pprl.grid_every", "ledger.max_gb", *CACHE_KEYS, *REWARD_KEYS)
@@ -87,6 +88,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
             guard.load(saved[1])
         resume = saved[0] if saved else None
         metrics = record = None
+        clock = Clock()
         if world.first:
             metrics = stack.enter_context(Metrics(run, resume, wandb=cfg.logger.wandb))
             record = stack.enter_context(RolloutRecord(run, resume))
@@ -97,19 +99,21 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
         done = range(resume or 0, cfg.pprl.epochs)
         for epoch in tqdm(done, desc="train_pprl", initial=resume or 0, total=cfg.pprl.epochs, disable=not world.first):
             world.phase = f"epoch {epoch + 1}: rollouts"
-            groups, own = rollouts.of_epoch(epoch)
-            rollouts.keep(epoch, own)
-            judged = wait_for_scores(
-                own,
-                reward,
-                max_missing=cfg.reward.max_missing,
-                healthy=reward.healthy,
-                save=lambda epoch=epoch: (save(epoch), saver.wait()),
-                ended=lambda: sigterm.pending,
-                wait_s=cfg.reward.wait_s,
-                workers=reward.workers,
-                world=world,
-            )
+            with clock.phase("rollouts"):
+                groups, own = rollouts.of_epoch(epoch)
+                rollouts.keep(epoch, own)
+            with clock.phase("waiting"):
+                judged = wait_for_scores(
+                    own,
+                    reward,
+                    max_missing=cfg.reward.max_missing,
+                    healthy=reward.healthy,
+                    save=lambda epoch=epoch: (save(epoch), saver.wait()),
+                    ended=lambda: sigterm.pending,
+                    wait_s=cfg.reward.wait_s,
+                    workers=reward.workers,
+                    world=world,
+                )
             if not judged:
                 rollouts.keep(epoch, own)
                 sigterm.asked()
@@ -133,20 +137,27 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 epoch=epoch,
                 anchor_share=cfg.pprl.anchor_share,
             )
-            values = rollout_metrics(groups) | reward_statistics(groups) | summed(world, reward.counts())
+            counts = summed(world, reward.counts())
+            values = rollout_metrics(groups) | reward_statistics(groups) | counts | judge_latency(counts)
             values["items"] = len(items)
             for part in range(cfg.pprl.steps_per_epoch):
                 chunk = items[part :: cfg.pprl.steps_per_epoch]
                 if chunk:
-                    values |= backward_nft(conditioner, chunk, options, cfg.pprl.micro_batch, engine)
-                    values |= engine.step({"epoch": epoch})
+                    with clock.phase("update"):
+                        values |= backward_nft(conditioner, chunk, options, cfg.pprl.micro_batch, engine)
+                        values |= engine.step({"epoch": epoch})
             decay = old_decay(engine.steps, cfg.pprl.old_schedule)
-            values |= guard.look(epoch + 1, groups, values, decay)
+            with clock.phase("sentinel"):
+                values |= guard.look(epoch + 1, groups, values, decay)
             blend_(parameters(transformer, OLD), parameters(transformer, POLICY), decay)
             blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             if world.first:
-                metrics.log(epoch + 1, **values, old_decay=decay)
                 record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
+                grid = run / "samples" / f"epoch-{epoch + 1:05d}.png"
+                if cfg.logger.wandb and (epoch + 1) % cfg.pprl.grid_every == 0 and grid.exists():
+                    metrics.image(epoch + 1, "samples", grid)
+                    metrics.table(epoch + 1, "rollouts", rollout_rows(groups))
+                metrics.log(epoch + 1, **values, old_decay=decay, **clock.take(), **memory(world.device))
             guard.act(epoch + 1)
             ending = sigterm.asked()
             if ending or epoch + 1 == cfg.pprl.epochs or (epoch + 1) % cfg.pprl.save_every == 0:
