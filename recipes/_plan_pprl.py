@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from clvr_train.data.images import reference_size
 from clvr_train.data.mixing import STEP_CLASSES, Shares, step_weights
+from clvr_train.method.flow import num_velocities
 from clvr_train.models.adapters import ADAPTERS, POLICY, parameters
 from clvr_train.models.plan import (
     CHOICES,
@@ -54,6 +55,7 @@ class Epoch:
         self.items = self.rollouts * self.pprl.num_times
         self.anchored = round(self.items * self.pprl.anchor_share) if self.pprl.anchor > 0 else 0
         self.branches = 2 if self.pprl.cfg > 1 else 1  # of guidance in training
+        self.velocities = num_velocities(self.rollout.steps, self.rollout.solver)
 
     @property
     def most_references(self) -> int:
@@ -69,7 +71,7 @@ class Epoch:
 
     def evaluations(self) -> dict[str, int]:
         """See `models.plan.network_evaluations`."""
-        options = {"steps": self.rollout.steps, "cfg": self.rollout.cfg, "beta_kl": self.pprl.beta_kl}
+        options = {"steps": self.velocities, "cfg": self.rollout.cfg, "beta_kl": self.pprl.beta_kl}
         options |= {"training_cfg": self.pprl.cfg, "anchored": self.anchored}
         return network_evaluations(self.drawn, self.items, **options)
 
@@ -77,13 +79,13 @@ class Epoch:
         """Evaluations of the sentinel's probe (`pprl.signals.Probe`), which are not in those of the epoch: at the start
         of a training, and at every look.
         """
-        each = self.rollout.steps * (2 if self.rollout.cfg > 1 else 1)
+        each = self.velocities * (2 if self.rollout.cfg > 1 else 1)
         return {"start": tasks * (each + 1), "look": tasks * (each + 2)}
 
     def forwards(self) -> dict[str, int]:
         """Calls of the transformer by all GPUs, groups of one length of history sharing them."""
         rollout, pprl = self.rollout, self.pprl
-        calls = self.rollout.steps * (2 if rollout.cfg > 1 and not rollout.batched_cfg else 1)
+        calls = self.velocities * (2 if rollout.cfg > 1 and not rollout.batched_cfg else 1)
         drawn = sum(self._calls(kinds, rollout.group_size, rollout.batch) for kinds in self.by_gpu)
         parts = pprl.steps_per_epoch
         update = [parts * self._calls(k, rollout.group_size * pprl.num_times / parts, pprl.micro_batch)
@@ -192,7 +194,7 @@ def plan_pprl(cfg: DictConfig, training: DictConfig) -> dict:
     change = cheapest_fit(settings, lambda chosen: has_engine(chosen) and held(chosen)[0]["total"] <= limit)
     number = sum(p.numel() for p in policy)
     calls = {"text_encoder": rollout.groups, "vae": sum(epoch.kinds)}
-    shown = {key: rollout[key] for key in ("groups", "group_size", "steps", "cfg", "batch", "batched_cfg")}
+    shown = {key: rollout[key] for key in ("groups", "group_size", "steps", "solver", "cfg", "batch", "batched_cfg")}
     shown |= {key: training.pprl[key] for key in ("num_times", "beta_kl", "anchor", "steps_per_epoch")}
     return {
         "recipe": "train_pprl",

@@ -142,6 +142,7 @@ class Rollouts:
         return {
             "policy": policy_hash(adapter_weights(klein.transformer, OLD)),
             "steps": sampler.steps,
+            "solver": sampler.solver,
             "cfg": sampler.cfg,
             "size_px": list(sampler.conditioner.size_px),
             "window": klein.window,

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+SOLVERS = ("euler", "heun")
+
 
 def _per_sample(t: Tensor, like: Tensor) -> Tensor:
     """(batch,) -> (batch, 1, ...), so that t never broadcasts over the wrong axis."""
@@ -72,6 +74,13 @@ def inference_times(num_tokens: int, steps: int) -> Tensor:
     t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     t = shift_time(t, empirical_mu(num_tokens, steps))
     return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def num_velocities(steps: int, solver: str) -> int:
+    """How many velocities a solver takes from t = 1 to 0: `euler` one a step, `heun` two."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
+    return steps * (1 + SOLVERS.index(solver))
 
 
 def sample_times(num: int, num_tokens: int, shift: str, generator: torch.Generator, fixed_mu: float = 0.8) -> Tensor:

@@ -1,14 +1,14 @@
-"""Euler sampling of Klein with classifier-free guidance, for rollouts, closed loops and evaluation."""
+"""Sampling of Klein with classifier-free guidance, for rollouts, closed loops and evaluation."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from clvr_train.data.images import to_image
-from clvr_train.method.flow import guided, inference_times
+from clvr_train.method.flow import guided, inference_times, num_velocities
 from clvr_train.method.trajectory import Sample
 from clvr_train.models.conditioning import (
     Conditioner,
@@ -27,7 +27,7 @@ class Sampler:
     """Draws the images of samples; each image depends on its sample and its seed, not on the batch.
 
     Args:
-        steps: Euler steps. cfg: guidance scale, 1 for none (a distilled model takes only 1).
+        steps, solver: of the integration, see `method.flow.num_velocities`. cfg: guidance scale, 1 for none (a distilled model takes only 1).
         batch: most images in one forward.
         module: what forwards go through, if not the transformer itself: an engine's wrapper of it.
         batched_cfg: both branches of guidance in one forward of twice the batch, not in two. Last bits then differ.
@@ -47,18 +47,16 @@ class Sampler:
         module: torch.nn.Module | None = None,
         batched_cfg: bool = False,
         share: bool = False,
+        solver: str = "euler",
     ) -> None:
         if conditioner.klein.distilled and cfg > 1:
             raise ValueError(f"cfg={cfg}: a distilled model takes no guidance, use cfg=1")
         self.conditioner = conditioner
         self.steps, self.cfg, self.batch, self.batched_cfg = steps, cfg, batch, batched_cfg
         self.module = module or conditioner.klein.transformer
-        self.share = share
+        self.share, self.solver = share, solver
+        self.nfe_per_image = num_velocities(steps, solver) * (2 if cfg > 1 else 1)
         self.nfe = 0
-
-    @property
-    def nfe_per_image(self) -> int:
-        return self.steps * (2 if self.cfg > 1 else 1)
 
     def latents(self, samples: Sequence[Sample], seeds: Sequence[tuple]) -> Tensor:
         """The tokens `x0` of every sample, (len(samples), N, C), float32, in the order given."""
@@ -95,16 +93,20 @@ class Sampler:
         times = inference_times(cond.num_target, self.steps).to(device)
         without = self.conditioner.without_text(cond) if self.cfg > 1 else None
         both = joined(cond, without) if without is not None and self.batched_cfg else None
-        x = noise.to(device)
-        for now, after in zip(times[:-1], times[1:], strict=True):
+
+        def velocity(x: Tensor, now: Tensor) -> Tensor:
             t = now.expand(x.shape[0])
             if both is not None:
-                v = guided(*predict_velocity(self.module, x.repeat(2, 1, 1), t.repeat(2), both).chunk(2), self.cfg)
-            else:
-                v = predict_velocity(self.module, x, t, cond)
-                if without is not None:
-                    v = guided(v, predict_velocity(self.module, x, t, without), self.cfg)
-            x = (x.float() + (after - now) * v.float()).to(x.dtype)
+                return guided(*predict_velocity(self.module, x.repeat(2, 1, 1), t.repeat(2), both).chunk(2), self.cfg)
+            v = predict_velocity(self.module, x, t, cond)
+            return v if without is None else guided(v, predict_velocity(self.module, x, t, without), self.cfg)
+
+        x = noise.to(device)
+        for now, after in pairwise(times):
+            v = velocity(x, now).float()
+            if self.solver == "heun":  # the mean with the velocity where an Euler step would lead
+                v = (v + velocity((x.float() + (after - now) * v).to(x.dtype), after).float()) / 2
+            x = (x.float() + (after - now) * v).to(x.dtype)
         self.nfe += x.shape[0] * self.nfe_per_image
         return x
 

@@ -114,7 +114,9 @@ class Probe:
     @torch.no_grad()
     def __init__(self, sampler: Sampler, tasks: Sequence[Task], seed: int, world: World) -> None:
         self._conditioner, self._world, self._seed = sampler.conditioner, world, seed
-        self._sampler = Sampler(sampler.conditioner, steps=sampler.steps, cfg=sampler.cfg, batch=PART)
+        self._sampler = Sampler(
+            sampler.conditioner, steps=sampler.steps, cfg=sampler.cfg, batch=PART, solver=sampler.solver
+        )
         transformer, device = self._conditioner.klein.transformer, self._conditioner.klein.device
         self._parts: list[ProbePart] = []
         parts = by_bucket(self._conditioner, [task.sample for task in tasks], PART)[world.rank :: world.size]

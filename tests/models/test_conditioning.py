@@ -129,3 +129,21 @@ def test_only_beginnings_share_and_only_where_little_is_filled_up(tiny_klein):
     cond = sampler._conditions([samples[i] for i in (3, 2)])
     part = rows(cond, [1])
     assert part.mask.sum().item() == 64 + 9 + 9 and part.references.shape[1] == 18
+
+
+def test_heun_is_of_second_order_and_counted(tiny_klein):
+    """Eight steps of two velocities are nearer to the integral than fifteen of one: measured .010 against .021."""
+    conditioner = Conditioner(tiny_klein(), (96, 96))
+    sample = Sample("a", 1, "a goal", ("r",))
+
+    def drawn(steps, solver):
+        sampler = Sampler(conditioner, steps=steps, cfg=2.0, solver=solver)
+        x0 = sampler.latents([sample], [("x", 0)])
+        assert sampler.nfe == sampler.nfe_per_image == steps * (2 if solver == "euler" else 4)
+        return x0
+
+    exact = drawn(200, "euler")
+    heun, euler = ((drawn(*options) - exact).abs().mean() for options in ((8, "heun"), (15, "euler")))
+    assert heun < 0.7 * euler
+    with pytest.raises(ValueError, match="solver='rk4' is not one of euler, heun"):
+        Sampler(conditioner, steps=2, cfg=1.0, solver="rk4")
