@@ -31,7 +31,9 @@ from clvr_train.data.images import open_image
 from clvr_train.data.order import Order
 from clvr_train.method.trajectory import ImageLike, Trajectory
 from clvr_train.models.qwen_vl import Controller, save_vlm
+from clvr_train.models.utilisation import peak_of
 from clvr_train.runtime.checkpoint import Saver
+from clvr_train.runtime.clock import Clock, memory
 from clvr_train.runtime.engine import Engine
 from clvr_train.runtime.metrics import Metrics
 from clvr_train.runtime.process import Deferral
@@ -103,6 +105,8 @@ class ControllerTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self._names = [chats[index].name for index in order]
         self._lr, self._losses = 0.0, []
+        self.clock, self._tokens = Clock(), torch.zeros((), dtype=torch.long)
+        self._num_chats, self._num_parameters = len(chats), sum(p.numel() for p in model.parameters())
         self._turns: Iterator[None] = iter(())
 
     def take(self, engine: Engine, saver: Saver) -> None:
@@ -137,16 +141,31 @@ class ControllerTrainer(SFTTrainer):
         if next(self._turns, "over") == "over":
             self._turns = self.engine.turns([None] * self.args.gradient_accumulation_steps)
             next(self._turns)
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # TRL's is the part of the global mean times the number of ranks, whose mean it takes for the log.
-        self.engine.backward(loss / self.args.world_size)
+        with self.clock.phase("forward_backward"):
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            # TRL's is the part of the global mean times the number of ranks, whose mean it takes for the log.
+            self.engine.backward(loss / self.args.world_size)
         self._losses.append(loss.detach())
+        self._tokens = self._tokens.to(loss.device) + inputs["attention_mask"].sum()
         return loss.detach()
+
+    def measured(self) -> dict[str, float]:
+        """Of the steps since the last call: where in the data they have come to, seconds by phase, memory, and on a GPU
+        the MFU of this rank, at 6 FLOPs a parameter and token.
+        """
+        engine, seconds = self.engine, self.clock.take()
+        trained = seconds["seconds_total"] - seconds.get("seconds_validation", 0.0)
+        tokens, self._tokens = int(self._tokens), torch.zeros_like(self._tokens)
+        peak = peak_of(engine.world.device, next(self.model.parameters()).dtype)
+        use = {} if peak is None else {"mfu": 6 * self._num_parameters * tokens / trained / peak}
+        position = {"data_batch": engine.batches, "data_epoch": engine.batches * self.batch / self._num_chats}
+        return position | seconds | memory(engine.world.device) | use
 
     def _clip_grad_norm(self, model) -> float:
         first = self.engine.batches * self.batch
         names, losses = self._names[first : first + self.batch], [str(loss.item()) for loss in self._losses]
-        values = self.engine.step({"trajectories": names, "losses": losses})
+        with self.clock.phase("update"):
+            values = self.engine.step({"trajectories": names, "losses": losses})
         self._lr, self._losses = values["lr"], []
         return values["grad_norm"]
 
@@ -196,13 +215,15 @@ class _Report(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         values = {("lr" if name == "learning_rate" else name): logs[name] for name in _LOGGED if name in logs}
         if self.metrics is not None and values:
-            self.metrics.log(state.global_step, **values, skipped=self.trainer.engine.skipped)
+            values |= {"skipped": self.trainer.engine.skipped} | self.trainer.measured()
+            self.metrics.log(state.global_step, **values)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         last = state.global_step == state.max_steps
         if self.validation is not None and (last or state.global_step % self.validate_every == 0):
             self.trainer.engine.world.phase = f"step {state.global_step}: validating"
-            values = self.validation()
+            with self.trainer.clock.phase("validation"):
+                values = self.validation()
             if self.metrics is not None:
                 self.metrics.log(state.global_step, **values)
         if self.on_step is not None:

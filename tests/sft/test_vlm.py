@@ -19,6 +19,7 @@ from clvr_train.runtime.metrics import read_metrics
 from clvr_train.sft.chats import Chat, chat_of
 from clvr_train.sft.vlm import ControllerTrainer, chat_size, sft_config, train_controller, training_order
 from clvr_train.shapes.controller import make_trajectories
+from tests.logs import unmeasured
 
 PUBLISHED = (Path(trl.__file__).parent / "chat_templates/qwen3_vl.jinja").read_text()  # without marks of turns
 
@@ -144,7 +145,7 @@ def train(base: Path, trajectories: list, run: Path, *, steps: int = 6, engine=N
     config = sft_config(run, steps=steps, **{"batch": 4, "micro_batch": 4, "log_every": 1, "save_every": 2} | options)
     chats = [chat_of(t) for t in trajectories]
     folder = train_controller(model, processor, chats, run, config, engine or engine_with(), **own)
-    return load_vlm(folder)[0].state_dict(), read_metrics(run)
+    return load_vlm(folder)[0].state_dict(), unmeasured(read_metrics(run))
 
 
 def test_training_learns_and_leaves_a_folder_that_loads(base: Path, trajectories: list, tmp_path: Path) -> None:
@@ -153,6 +154,11 @@ def test_training_learns_and_leaves_a_folder_that_loads(base: Path, trajectories
     assert [row["step"] for row in rows] == [4, 8, 12] and seen == list(range(1, 13))
     assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "lr", "grad_norm"))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert rows[-1]["data_batch"] == 12 and rows[-1]["data_epoch"] == 12 * 8 / len(trajectories)
+    measured = read_metrics(tmp_path)[-1]
+    phases = [measured[f"seconds_{phase}"] for phase in ("forward_backward", "update", "total")]
+    assert min(phases) > 0 and sum(phases[:2]) <= phases[2] and measured["memory_host_gib"] > 0
+    assert "mfu" not in measured, "of a CPU"
     still = [name for name in before if torch.equal(after[name], before[name])]
     assert not still, f"full parameters, but these stood still: {still}"
 
