@@ -305,6 +305,29 @@ def test_an_image_is_a_function_of_seed_prompt_and_sample(run, fails, tmp_path):
     assert not set(pictures(run("c", *words, "seed=1")).values()) & set(one.values())
 
 
+class Controller:
+    """Draws once and stops, but writes no turn where there is a bench."""
+
+    def reply(self, conversations, seed=None):
+        return [self.answer(messages) for messages in conversations]
+
+    def answer(self, messages):
+        if "bench" in messages[0]["content"][0]["text"]:
+            return "no turn"
+        return "It is drawn.\nstop" if len(messages) > 1 else "I draw it.\ngenerate <IMG_GEN_1>"
+
+
+def test_what_a_closed_loop_does_not_draw_counts_as_wrong(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "open_controller", lambda place, **options: Controller())
+    root = checkouts.geneval(tmp_path / "geneval")
+    folder = run("loop", *GENEVAL, f"benchmark.root={root}", "mode=closed_loop", "controller=scripted")
+    found = summary(folder)
+    assert (found["n"], found["not_drawn"], found["passes"], found["rounds_per_goal"]) == (8, 2, 3, 6 / 8)
+    assert list((folder / "images" / "00000" / "samples").iterdir()) == []
+    stops = [row["stop"] for row in rows(folder)]
+    assert all("malformed" in stop for stop in stops[:2]) and stops[2:] == ["stop"] * 6
+
+
 def test_two_ranks_draw_the_files_of_one(run, tmp_path, tiny_folder):
     root = checkouts.geneval(tmp_path / "geneval")
     words = [*GENEVAL, f"benchmark.root={root}"]
