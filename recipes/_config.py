@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -113,14 +113,14 @@ def check_job(name: str, conf: Path, overrides: list[str]) -> DictConfig:
     choices = [item for item in parsed if item.key_or_group in groups]
     for item in choices:
         _check_choice(conf, name, item.key_or_group, item.value())
-    declared, experiment = declare(name, conf, [item.input_line for item in choices])
+    declared, experiment = declare(name, conf, [str(item.input_line) for item in choices])
     keys = all_keys(declared)
     for item in parsed:
         given = set() if item in choices else all_keys(item.value(), item.key_or_group)
         if given - keys:
             raise _unknown(min(given - keys), keys)
     config = _plain(_compose(name, conf, overrides))
-    from_file = _plain(_compose(name, conf, [item.input_line for item in choices]))
+    from_file = _plain(_compose(name, conf, [str(item.input_line) for item in choices]))
     if experiment:
         try:
             compare(from_file, declared)
@@ -233,7 +233,7 @@ def _compose(name: str, conf: Path, overrides: list[str], return_hydra_config: b
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=False)
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
 
 
 def _options(conf: Path, group: str) -> list[str]:

@@ -6,10 +6,11 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -34,10 +35,10 @@ class Finding:
     remedy: str = ""
 
 
-def python(running: tuple[int, ...] = tuple(sys.version_info)) -> Iterator[Finding]:
+def python(running: Sequence[Any] = sys.version_info) -> Iterator[Finding]:
     text = ".".join(map(str, running[:3]))
     remedy = f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer and make .venv with it"
-    good = running[:2] >= OLDEST_PYTHON
+    good = tuple(running[:2]) >= OLDEST_PYTHON
     yield Finding("python", OK, text) if good else Finding("python", FAILED, text, remedy)
 
 
@@ -139,7 +140,7 @@ def tiny_step(device: torch.device, dtype: torch.dtype) -> float:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tiny_transformer(32, 48, double=1, single=1, heads=2, head_dim=16)
+        model: Any = tiny_transformer(32, 48, double=1, single=1, heads=2, head_dim=16)
         tokens, text = torch.randn(2, 9, 32), torch.randn(2, 5, 48)
     torch.nn.Module.to(model, device, dtype)  # diffusers' own warns of float32 modules, of which this model has none
     ids = torch.zeros(2, 14, 4, device=device)

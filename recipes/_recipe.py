@@ -228,7 +228,7 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    plain = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+    plain: Any = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     if isinstance(plain, dict) and plain:
         for key, value in plain.items():
             yield from _leaves(value, f"{path}.{key}" if path else str(key))

@@ -12,7 +12,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 try:
@@ -30,7 +32,7 @@ DEVICES = ("auto", "cpu", "cuda")
 def examine(cfg: DictConfig) -> list[dict]:
     """The findings as rows with `name`, `status`, `found`, `remedy`; and the seconds of the check that found them."""
     run, limit = Path("runs") / cfg.run, cfg.timeout_s
-    checks = {
+    checks: dict[str, tuple[Callable[[], Iterable[_doctor.Finding]], float]] = {
         "python": (_doctor.python, limit),
         "packages": (_doctor.packages, limit),
         "cuda": (lambda: _doctor.gpus(cfg.device), limit),
@@ -39,7 +41,7 @@ def examine(cfg: DictConfig) -> list[dict]:
         "devices": (lambda: _doctor.devices(cfg.device), cfg.devices_s),
     }
     for name, (key, options) in _doctor.chat_servers(cfg.reward, cfg.teacher, limit).items():
-        checks[name] = (lambda name=name, key=key, options=options: _doctor.server(name, key, options), 2 * limit)
+        checks[name] = (partial(_doctor.server, name, key, options), 2 * limit)
     rows = []
     for name, (check, limit_s) in checks.items():
         start = time.monotonic()

@@ -35,7 +35,7 @@ class Score:
     @property
     def dimensions(self) -> dict[str, tuple[float, float]]:
         """What the value is the weighted mean of, as name -> (value, weight); the value itself if of nothing."""
-        if self.missing:
+        if self.value is None:
             return {}
         return {name: (self.parts[name], weight) for name, weight in self.weights.items()} or {"": (self.value, 1.0)}
 
@@ -54,14 +54,15 @@ def weighted_mean(scores: Mapping[str, tuple[Score, float]]) -> Score:
     missing = next((score for score, _ in scores.values() if score.missing), None)
     if missing is not None or len(scores) == 1:
         return missing or next(iter(scores.values()))[0]
-    parts, weights = {name: score.value for name, (score, _) in scores.items()}, {}
+    parts = {name: score.value for name, (score, _) in scores.items() if score.value is not None}  # it is of none
+    value = sum(scores[name][1] * part for name, part in parts.items()) / total
+    weights: dict[str, float] = {}
     said = [f"{name}: {score.transcript}" for name, (score, _) in scores.items() if score.transcript]
     for name, (score, weight) in scores.items():
         if len(score.parts) > 1:  # a single part is the value again
             parts |= {f"{name}_{part}": value for part, value in score.parts.items()}
         inner = {f"{name}_{part}": share for part, share in score.weights.items()} or {name: 1.0}
         weights |= {part: share * weight / total for part, share in inner.items()}
-    value = sum(weight * score.value for score, weight in scores.values()) / total
     return Score(value, parts=parts, weights=weights, transcript="\n".join(said))
 
 

@@ -61,7 +61,7 @@ class TorchBackend:
 
     def expect(self, last: bool) -> None:
         """Before a forward: whether its backward is the last of this step, which sums gradients over the ranks."""
-        if self._world_size > 1:
+        if isinstance(self.module, DistributedDataParallel):
             self.module.require_backward_grad_sync = last
 
     def backward(self, loss: Tensor) -> None:
@@ -101,7 +101,8 @@ class TorchBackend:
         if all(self._masters[name] is parameter for name, parameter in self.parameters.items()):
             yield list(self.parameters)
             return
-        chunk, size = [], 0
+        chunk: list[str] = []
+        size = 0
         for name, parameter in self.parameters.items():
             if chunk and size + parameter.numel() > CHUNK:
                 yield chunk

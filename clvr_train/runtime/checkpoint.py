@@ -280,7 +280,8 @@ def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        content = memoryview(flat)  # type: ignore[arg-type]  # numpy types it from Python 3.12 on
         for start in range(0, len(content), CHUNK):
             yield content[start : start + CHUNK]
 

@@ -120,7 +120,7 @@ class _Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._world, self._timeout_s = world, timeout_s
         self._interval_s = min(1.0, timeout_s / 10)
-        self._store = dist.PrefixStore("watch", store.clone())  # a connection that no waiting of the loop blocks
+        self._store = dist.PrefixStore("watch", store.clone())  # type: ignore[attr-defined]  # no waiting of the loop blocks it
         self._store.set_timeout(timedelta(seconds=timeout_s))
         self._over, self._done = threading.Event(), threading.Event()
         self._state, self._message, self._count = ALIVE, "", 0

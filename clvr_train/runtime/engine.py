@@ -91,7 +91,8 @@ class Engine:
         if not self._trained:
             raise ValueError("no parameter asks for a gradient: nothing to train")
         options = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
-        common = {"precision": precision, "optimizer": optimizer, "clip": clip, "options": options}
+        common: dict[str, Any] = {"precision": precision, "optimizer": optimizer, "clip": clip, "options": options}
+        self._backend: ZeroBackend | TorchBackend
         if name in STAGES:
             self._backend = ZeroBackend(module, self.world, name=name, offload=offload == "optimizer", **common)
         else:
@@ -105,7 +106,8 @@ class Engine:
         self._moment_dtype = {"adamw": self._weight_dtype, "adamw_bf16": torch.bfloat16}.get(optimizer, torch.float32)
         self._ema_decay, self._ema_every = ema_decay, ema_every
         self._average: dict[str, Tensor] = {}  # of the weights that this rank owns
-        self._dump, self._failed = dump, []
+        self._dump = dump
+        self._failed: list[Any] = []
 
     def turns(self, parts: Sequence[T]) -> Iterator[T | None]:
         """This rank's parts of the batch, each for one forward and one `backward`; None for a forward that only keeps
@@ -277,6 +279,7 @@ class Engine:
         if owner == 0:
             return mine if mine is not None else torch.empty(0)
         if owner == self.world.rank:
+            assert mine is not None
             dist.send(mine.cpu(), 0, group=self.world.group)
         received = torch.empty(self._shape(name) if self.world.first else 0)
         if self.world.first:

@@ -1,6 +1,7 @@
 """AdamW in three ways of keeping its moments: as torch does, in bfloat16, and in 8 bits."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def make_optimizer(
         ValueError: no such optimizer, or bitsandbytes is not installed.
     """
     parameters = list(parameters)
-    options = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
     if name == "adamw8bit":
         try:
             import bitsandbytes  # imported only where it is wanted: it takes seconds and is optional
@@ -61,7 +62,7 @@ class AdamWBf16(Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is ever given
         for group in self.param_groups:
             for place, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
@@ -136,7 +137,7 @@ def set_moments(optimizer: Optimizer, parameter: Tensor, saved: Mapping[str, Ten
 def _set_8bit(optimizer: Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
     group = optimizer.param_groups[0]
     place = next(i for i, other in enumerate(group["params"]) if other is parameter)
-    optimizer.init_state(group, parameter, 0, place)
+    optimizer.init_state(group, parameter, 0, place)  # type: ignore[attr-defined]  # of bitsandbytes
     state = optimizer.state[parameter]
     state["step"] = int(saved["step"])
     for name, number in zip(MOMENTS, "12", strict=True):

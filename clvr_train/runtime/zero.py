@@ -124,7 +124,7 @@ class ZeroBackend:
 
     def _share(self, parameter: Parameter, value: Tensor) -> Tensor:
         """This rank's part of a whole tensor under ZeRO-3: the last rank's is filled up."""
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]  # of DeepSpeed
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self._world.size - value.numel()))
         return padded.narrow(0, size * self._world.rank, size)
 

@@ -121,7 +121,7 @@ class ChatClient:
         headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         # The deadlines here are of the whole, httpx's would be of every single read.
-        options = {"verify": ssl.create_default_context(), "timeout": None, "trust_env": False}
+        options: dict[str, Any] = {"verify": ssl.create_default_context(), "timeout": None, "trust_env": False}
         return [httpx.AsyncClient(headers=headers, **options) for _ in range(num)]
 
     def __enter__(self) -> "ChatClient":
