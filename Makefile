@@ -25,6 +25,7 @@ test-all: $(READY)
 
 check: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
 ablation: $(READY)
@@ -39,5 +40,5 @@ $(READY): setup.cfg pyproject.toml
 .venv: $(READY)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -121,4 +121,6 @@ stage sft_eval    evaluate sft    "$RUNS/sft/model"
 stage pprl_eval   evaluate pprl   "$RUNS/pprl/model"
 stage merged_eval evaluate merged "$RUNS/merge/model" steps=4 cfg=1
 stage loop_eval   evaluate merged_closed_loop "$RUNS/merge/model" steps=4 cfg=1 mode=closed_loop controller="$RUNS/controller/model"
-echo "== the runs are in $RUNS"
+systems=("$ROOT"/eval/{base,sft,pprl,merged,merged_closed_loop})
+stage report      recipe report run="$ROOT/report" "runs=[$(IFS=,; echo "${systems[*]}")]"
+echo "== the runs are in $RUNS; the comparison is $RUNS/report"

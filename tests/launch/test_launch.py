@@ -109,7 +109,7 @@ def test_the_pipeline_says_what_it_would_run(servers):
     lines = recipe_lines(done.stdout)
     names = [name for name, _ in lines if name != "evaluate"]
     assert names == ["doctor", "validate_data", "validate_data", "train_dit", "train_vlm", "make_proxy_prompts",
-                     "train_pprl", "merge_weights", "run_closed_loop"]  # fmt: skip
+                     "train_pprl", "merge_weights", "run_closed_loop", "report"]  # fmt: skip
     for name, words in lines if servers == "split" else ():
         args = get_args_parser().parse_intermixed_args(words)
         (cfg,) = check_command(name, CONF, args.overrides)
