@@ -27,7 +27,8 @@ class Sampler:
     """Draws the images of samples; each image depends on its sample and its seed, not on the batch.
 
     Args:
-        steps, solver: of the integration, see `method.flow.num_velocities`. cfg: guidance scale, 1 for none (a distilled model takes only 1).
+        steps, solver: of the integration, see `method.flow.num_velocities`.
+        cfg: guidance scale, 1 for none (a distilled model takes only 1).
         batch: most images in one forward.
         module: what forwards go through, if not the transformer itself: an engine's wrapper of it.
         batched_cfg: both branches of guidance in one forward of twice the batch, not in two. Last bits then differ.

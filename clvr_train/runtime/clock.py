@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-MEASURED = ("seconds_", "memory_", "mfu", "judge_seconds", "judge_latency_s")  # how names of numbers begin that depend on the machine and its load
+# How names of numbers begin that depend on the machine and its load.
+MEASURED = ("seconds_", "memory_", "mfu", "judge_seconds", "judge_latency_s")
 
 
 class Clock:

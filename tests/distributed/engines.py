@@ -66,7 +66,7 @@ def held_bytes(engine: Engine) -> int:
 
 
 def offload_compiled() -> bool:
-    """Whether DeepSpeed's AdamW for CPUs, which takes minutes of the compiler, is there: `make test-all` compiles it."""
+    """Whether DeepSpeed's AdamW for CPUs, minutes of the compiler, is there: `make test-all` compiles it."""
     return any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("cpu_adam.so"))
 
 
