@@ -8,7 +8,7 @@ from recipes import train_pprl
 HACKED = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "run=hacked", "reward=saturation",
           "pprl.weight_edit=0", "rollout.groups=4", "rollout.group_size=6", "rollout.cfg=1", "rollout.steps=6",
           "pprl.num_times=2", "pprl.anchor=0", "pprl.lr=3e-3", "pprl.epochs=5", "sentinel.probe=12",
-          "sentinel.held_out.shapes=1", "sentinel.action=roll_back"]  # fmt: skip
+          "sentinel.held_out.shapes=1", "sentinel.action=roll_back", "sentinel.every=1"]  # fmt: skip
 
 
 def lines(run, name):
