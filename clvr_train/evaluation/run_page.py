@@ -19,7 +19,7 @@ FAMILIES = {
     "Reward": r"reward|part_|score|held_out|merged",
     "Loss": r"loss|mean_token_accuracy",
     "Policy": r"kl$|v_minus|v_norm|anchor|old_decay|sentinel|saturated|diversity|energy|advantage|r_",
-    "Groups": r".*(groups|scores|share)$",
+    "Groups": r".*(groups|scores|share)$|flat$",
     "Judge": r"judge_",
     "Optimiser": r"grad_norm|lr$|skipped",
     "Data": r"refused|epoch|data_|items|samples|tokens|.*_cut",
@@ -63,7 +63,7 @@ def frames_of(metrics: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
         family = next(family for family, pattern in FAMILIES.items() if re.match(pattern, metric))
         title, name = _frame(metric)
         result[family].setdefault(title, {})[metric] = name
-    return {family: frames for family, frames in result.items() if frames}
+    return {family: dict(sorted(frames.items())) for family, frames in result.items() if frames}
 
 
 def _frame(metric: str) -> tuple[str, str]:
