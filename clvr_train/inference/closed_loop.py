@@ -63,8 +63,10 @@ class Budget:
             value = getattr(self, name)
             if value is None and name in ("max_nfe", "verify_every"):
                 continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value}: must be a whole number of at least {least}")
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value}: must be a whole number")
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
         if self.max_seconds is not None and not self.max_seconds >= 0:
             raise ValueError(f"max_seconds={self.max_seconds}: must be at least 0")
 

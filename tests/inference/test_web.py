@@ -88,8 +88,9 @@ def test_a_request_is_answered_by_a_line_a_round(page) -> None:
 @pytest.mark.parametrize("fields, message", [
     ({"goal": " "}, "the goal is empty"),
     ({"goal": 3}, "goal: a text is needed"),
-    ({"goal": "a house", "max_rounds": 0}, "max_rounds=0: must be a whole number of at least 1"),
+    ({"goal": "a house", "max_rounds": 0}, "max_rounds=0: must be at least 1"),
     ({"goal": "a house", "max_rounds": "9"}, "max_rounds: a number is needed"),
+    ({"goal": "a house", "max_rounds": 2.5}, "max_rounds=2.5: must be a whole number"),
     ({"goal": "a house", "max_nfe": 3}, "max_nfe=3: an image takes 4 network evaluations"),
     ({"goal": "a house", "seed": 3}, "seed: no such field"),
 ])
