@@ -371,11 +371,11 @@ def test_every_recipe_has_a_section_and_every_page_is_in_the_index() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["klein_4b_sft", "qwen3vl_8b_sft"])
-def test_the_hardware_table_is_that_of_plan(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hardware_table_is_that_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first row; the others are of the same kind."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    row = re.search(rf"\| ([\d.]+) GB \| ([\d.]+) s \| `python recipes/plan.py experiment={experiment}` \|", text)
-    plan.main([f"experiment={experiment}"])
+    row = re.search(r"\| ([\d.]+) GB \| ([\d.]+) s \| `python recipes/plan.py experiment=klein_4b_sft` \|", text)
+    plan.main(["experiment=klein_4b_sft"])
     said = capsys.readouterr().out
     total, seconds = re.search(r"total +([\d.]+) GB", said)[1], re.search(r"time +([\d.]+) s", said)[1]
     assert row and (f"{float(total):.1f}", float(seconds)) == (row[1], float(row[2])), said
