@@ -13,6 +13,7 @@ from clvr_train.method.statistics import holm, mean_se, paired_bootstrap, wald_s
 MEASURES = {"pass_rate": "passed", "mean_score": "score"}  # name -> key of a row
 COSTS = {"nfe": "nfe", "seconds": "seconds"}
 ABOUT = ("benchmark", "judge", "coverage", "steps", "cfg", "mode")  # of evaluation.json, shown beside the numbers
+SCALE = ("benchmark", "judge")  # numbers of others are never taken from each other
 LEVEL = 0.05  # of significance
 METHOD = (
     "Intervals of 95 %: Wilson for pass rates, mean +- 1.96 SE for scores. Differences are paired by prompt (several "
@@ -63,23 +64,26 @@ def compare_runs(runs: Mapping[str, Rows], about: Mapping[str, Mapping[str, Any]
 
     Returns:
         `method`; `systems`: name -> measures, costs, and the same by `tags` and by `rounds`; `differences`: "b - a" for
-        every two runs that share prompts -> measures (`difference`, `ci95`, `p_value`, `n`, and `p_holm` and
+        every two runs that share benchmark, judge and prompts -> measures (`difference`, `ci95`, `p_value`, `n`, and `p_holm` and
         `significant`), and the same by `tags` and by `rounds` (the larger number of the two). A measure that a run
         does not have is left out.
 
     Raises:
         ValueError: one id stands for two prompts.
     """
-    _check_prompts(runs)
+    about = about or {}
+    kinds = {name: tuple(about.get(name, {}).get(key) for key in SCALE) for name in runs}
+    for kind in set(kinds.values()):
+        _check_prompts({name: rows for name, rows in runs.items() if kinds[name] == kind})
     systems = {}
     for name, rows in runs.items():
-        known = {key: value for key, value in (about or {}).get(name, {}).items() if key in ABOUT}
+        known = {key: value for key, value in about.get(name, {}).items() if key in ABOUT}
         systems[name] = known | _part(rows) | {
             "tags": _by(rows, lambda row: row.get("tag")), "rounds": _by(rows, lambda row: row.get("rounds"))
         }  # fmt: skip
     differences = {}
     for a, b in combinations(runs, 2):
-        found = _difference(runs[b], runs[a])
+        found = _difference(runs[b], runs[a]) if kinds[a] == kinds[b] else {}
         if found:
             differences[f"{b} - {a}"] = found
     _adjust(differences)

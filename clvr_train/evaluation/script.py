@@ -73,10 +73,10 @@ def _run(command: list[str], script: Script, environment: dict[str, str], log: P
             raise OSError(f"benchmark.python={command[0]}: {error.strerror}") from None
         try:
             status = process.wait()
-        except BaseException:  # this one was told to end: so is the scorer, with all that it has started
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
+        finally:
+            if process.poll() is None:  # this one was told to end: so is the scorer, with all that it has started
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
     if status:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise ChildProcessError(

@@ -107,7 +107,7 @@ def test_no_outcomes(tmp_path: Path) -> None:
 
 def test_the_page_and_the_text_hold_the_numbers(tmp_path: Path) -> None:
     evil = "<b>&\"'"
-    comparison = compare_runs({evil: A, "b": B}, {"b": {"judge": evil}})
+    comparison = compare_runs({evil: A, "b": B}, dict.fromkeys((evil, "b"), {"judge": evil}))
     write_comparison(tmp_path / "c.html", json.loads(json.dumps(comparison)))
     page = parse(tmp_path / "c.html")
     assert "b" not in page.tags and "script" not in page.tags and page.texts.count(evil) > 5
@@ -117,3 +117,12 @@ def test_the_page_and_the_text_hold_the_numbers(tmp_path: Path) -> None:
     first, *_ = text(comparison).split("\n\n")
     lines = first.splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1 and lines[3].startswith("b ")
+
+
+def test_numbers_of_two_benchmarks_or_judges_are_shown_and_never_subtracted() -> None:
+    """WISE and WISE Verified have the same ids for prompts of which some differ."""
+    other = [row | {"goal": f"verified {row['goal']}"} for row in B]
+    found = compare_runs({"a": A, "b": other}, {"a": {"benchmark": "wise"}, "b": {"benchmark": "wise_verified"}})
+    assert list(found["systems"]) == ["a", "b"] and not found["differences"]
+    judges = {"a": {"judge": "one"}, "b": {"judge": "two"}, "c": {"judge": "one"}}
+    assert list(compare_runs({"a": A, "b": B, "c": B}, judges)["differences"]) == ["c - a"]
