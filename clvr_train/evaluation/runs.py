@@ -65,8 +65,8 @@ def compare_runs(runs: Mapping[str, Rows], about: Mapping[str, Mapping[str, Any]
     Returns:
         `method`; `systems`: name -> measures, costs, and the same by `tags` and by `rounds`; `differences`: "b - a" for
         every two runs that share benchmark, judge and prompts -> measures (`difference`, `ci95`, `p_value`, `n`, and
-        `p_holm` and `significant`), and the same by `tags` and by `rounds` (the larger number of the two). A measure that a run
-        does not have is left out.
+        `p_holm` and `significant`), and the same by `tags` and by `rounds` (the larger number of the two). A measure
+        that a run does not have is left out.
 
     Raises:
         ValueError: one id stands for two prompts.
