@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from clvr_train.pprl.ledger import Ledger, policy_hash, replayed
 from clvr_train.pprl.merged import hold_back
 from clvr_train.pprl.rollout import NOT_JUDGED, Group, judge_missing, new_groups, roll_out, show
 from clvr_train.pprl.tasks import Task, TaskMix, judgeable
+from clvr_train.pprl.waiting import wait_for_scores
 from clvr_train.proxy.prompts import read_proxy_prompts
 from clvr_train.rewards.combine import Judge, simple_prompt, trajectory_reward
 from clvr_train.runtime.distributed import World
+from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.controller import make_trajectories
 from clvr_train.shapes.teacher import ShapesTeacher
 from recipes._data import direct_samples, read_folder, read_prompts, truncated
@@ -127,6 +129,20 @@ class Rollouts:
         show(self.sampler, own)
         judge_missing(own, self.reward, self.reward.workers)
         return groups, own
+
+    def wait(self, own: Sequence[Group], save: Callable[[], None], sigterm: Deferral) -> bool:
+        """As `pprl.waiting.wait_for_scores`: whether enough of the rollouts are judged, or the run is to end first."""
+        return wait_for_scores(
+            own,
+            self.reward,
+            max_missing=self.cfg.reward.max_missing,
+            healthy=self.reward.healthy,
+            save=save,
+            ended=lambda: sigterm.pending,
+            wait_s=self.cfg.reward.wait_s,
+            workers=self.reward.workers,
+            world=self.world,
+        )
 
     def keep(self, epoch: int, groups: Sequence[Group]) -> None:
         """Writes this rank's groups into the ledger as they are now."""

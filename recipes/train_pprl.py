@@ -11,7 +11,9 @@ judged again. To resume, run the same command again; the number of GPUs may be a
 import logging
 import math
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch.nn import Module
@@ -37,7 +39,6 @@ from clvr_train.pprl.record import RolloutRecord, load_policies, policy_tensors,
 from clvr_train.pprl.reward_stats import reward_statistics
 from clvr_train.pprl.rollout import gather_scores, rollout_metrics, set_advantages
 from clvr_train.pprl.update import NFTOptions, backward_nft, training_items
-from clvr_train.pprl.waiting import wait_for_scores
 from clvr_train.runtime.checkpoint import Saver
 from clvr_train.runtime.clock import Clock, memory
 from clvr_train.runtime.distributed import World, start
@@ -72,10 +73,10 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
     add_policies(transformer, rank=cfg.lora.rank, alpha=cfg.lora.alpha, seed=cfg.seed)
     set_checkpointing(transformer, cfg.engine.checkpointing)
     conditioner = build_conditioner(klein, cfg.model, cfg.cache)
-    drawing = ("steps", "solver", "cfg", "batch", "batched_cfg")
-    sampler = Sampler(conditioner, **{key: cfg.rollout[key] for key in drawing})
+    sampler = Sampler(conditioner, **chosen(cfg.rollout, "steps", "solver", "cfg", "batch", "batched_cfg"))
     rollouts = Rollouts(cfg, run, reward, sampler, world)
-    options = NFTOptions(**{name: cfg.pprl[name] for name in NFTOptions.__dataclass_fields__})
+    options = NFTOptions(**chosen(cfg.pprl, *NFTOptions.__dataclass_fields__))
+    timing = chosen(cfg.pprl, "num_times", "time_range", "stratified", "anchor_share")
     times = inference_times(math.prod(klein.grid(conditioner.size_px)), sampler.steps)[:-1].tolist()
     engine = build_policy_engine(transformer, world, cfg)
 
@@ -104,40 +105,15 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 groups, own = rollouts.of_epoch(epoch)
                 rollouts.keep(epoch, own)
             with clock.phase("waiting"):
-                judged = wait_for_scores(
-                    own,
-                    reward,
-                    max_missing=cfg.reward.max_missing,
-                    healthy=reward.healthy,
-                    save=lambda epoch=epoch: (save(epoch), saver.wait()),
-                    ended=lambda: sigterm.pending,
-                    wait_s=cfg.reward.wait_s,
-                    workers=reward.workers,
-                    world=world,
-                )
+                judged = rollouts.wait(own, partial(save, epoch), sigterm)
             if not judged:
                 rollouts.keep(epoch, own)
                 sigterm.asked()
                 sigterm.deliver()
             gather_scores(groups, own, world)
-            set_advantages(
-                groups,
-                std=cfg.pprl.std,
-                adv_clip_max=cfg.pprl.adv_clip_max,
-                min_valid=cfg.pprl.min_valid,
-                mix=cfg.reward.mix,
-            )
+            set_advantages(groups, **chosen(cfg.pprl, "std", "adv_clip_max", "min_valid"), mix=cfg.reward.mix)
             rollouts.keep(epoch, own)
-            items = training_items(
-                groups,
-                times,
-                num_times=cfg.pprl.num_times,
-                time_range=tuple(cfg.pprl.time_range),
-                stratified=cfg.pprl.stratified,
-                run_seed=cfg.seed,
-                epoch=epoch,
-                anchor_share=cfg.pprl.anchor_share,
-            )
+            items = training_items(groups, times, run_seed=cfg.seed, epoch=epoch, **timing)
             counts = summed(world, reward.counts())
             values = rollout_metrics(groups) | reward_statistics(groups) | counts | judge_latency(counts)
             values["items"] = len(items)
@@ -153,9 +129,8 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
             blend_(parameters(transformer, OLD), parameters(transformer, POLICY), decay)
             blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
             if world.first:
-                record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
-                grid = run / "samples" / f"epoch-{epoch + 1:05d}.png"
-                if cfg.logger.wandb and (epoch + 1) % cfg.pprl.grid_every == 0 and grid.exists():
+                grid = record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
+                if grid is not None and cfg.logger.wandb:
                     metrics.image(epoch + 1, "samples", grid)
                     metrics.table(epoch + 1, "rollouts", rollout_rows(groups))
                 metrics.log(epoch + 1, **values, old_decay=decay, **clock.take(), **memory(world.device))
@@ -194,6 +169,11 @@ def build_policy_engine(transformer: Module, world: World, cfg: DictConfig) -> E
     built = build_engine(transformer, world, engine, cfg.pprl, total_steps)
     in_float32(transformer, (OLD, AVERAGE))  # DeepSpeed has cast all
     return built
+
+
+def chosen(section: DictConfig, *names: str) -> dict[str, Any]:
+    """Some keys of a section as arguments."""
+    return {name: section[name] for name in names}
 
 
 def summed(world: World, counts: dict[str, float]) -> dict[str, float]:

@@ -59,16 +59,17 @@ class RolloutRecord:
     ) -> None:
         self._file.close()
 
-    def write(self, epoch: int, groups: list[Group], images: bool) -> None:
+    def write(self, epoch: int, groups: list[Group], images: bool) -> Path | None:
         """The rollouts of one epoch; with `images` also `samples/epoch-<n>.png`, a row a group: its rollouts, best
-        reward first, then its references. The lines say where in the picture each is.
+        reward first, then its references. The lines say where in the picture each is. Returns the picture, if any.
         """
-        cells, references = {}, {}
+        cells, references, file = {}, {}, None
         if images:
             drawn = [group for group in groups if group.images]
             orders = [_best_first(group) for group in drawn]
             rows = [[g.images[k] for k in order] + _references(g) for g, order in zip(drawn, orders, strict=True)]
-            boxes = save_grid(self._run / "samples" / f"epoch-{epoch:05d}.png", bounded(rows))
+            file = self._run / "samples" / f"epoch-{epoch:05d}.png" if any(rows) else None
+            boxes = save_grid(file, bounded(rows)) if file else []
             for group, order, row in zip(drawn, orders, boxes, strict=True):
                 cells |= {(group.place, k): box for k, box in zip(order, row, strict=False)}
                 references[group.place] = row[len(order) :]
@@ -96,6 +97,7 @@ class RolloutRecord:
                     row["p_t2i"], row["p_i2i"] = task.prompt.p_t2i, task.prompt.p_i2i
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
+        return file
 
 
 def _best_first(group: Group) -> list[int]:
