@@ -33,7 +33,7 @@ class Guard:
         limits = Limits(**{field.name: cfg.sentinel.limits[field.name] for field in fields(Limits)})
         self.sentinel = Sentinel(limits=limits, **{name: cfg.sentinel[name] for name in OPTIONS})
         self._held_out = build_held_out(cfg, stack)
-        self._saver = stack.enter_context(Saver(run / "healthy", keep=1))
+        self._saver = stack.enter_context(Saver(run / "healthy", keep=2))
         self._verdict = Verdict("healthy")
         self._probe = None
         if cfg.sentinel.probe:
@@ -65,9 +65,10 @@ class Guard:
         """Signals and verdict of an epoch (from 1), after the optimiser's steps and before `old` follows by `decay`."""
         self.world.phase = f"epoch {epoch}: signals"
         signals = rollout_signals(groups, self.world)
+        reward, second = self.rollouts.reward, self._held_out
         if self._probe is not None and (self.sentinel.warned or epoch % self.cfg.sentinel.every == 0):
-            reward = self.rollouts.reward
-            signals |= self._probe.velocities(decay) | self._probe.pictures(reward, self._held_out, reward.workers)
+            workers = reward.workers, second.workers if second else 0
+            signals |= self._probe.velocities(decay) | self._probe.pictures(reward, second, workers)
         if self._merged is not None and epoch % self.cfg.merged.every == 0:
             evaluated = self._merged(reward, reward.workers)
             signals |= evaluated.metrics
@@ -85,12 +86,12 @@ class Guard:
             ValueError: the run is to be stopped.
         """
         verdict, transformer = self._verdict, self.sampler.conditioner.klein.transformer
-        if self.sentinel.keeps(epoch, self.cfg.pprl.save_every):
+        if self.sentinel.action != "warn" and self.sentinel.keeps(epoch, self.cfg.pprl.save_every):
             self.engine.save(self._saver, epoch, policy_tensors(transformer))
             self.sentinel.kept = epoch
         if verdict.action == "roll_back":
             self._saver.wait()
-            step, tensors = self.engine.resume(self._saver)
+            step, tensors = self.engine.resume(self._saver, self.sentinel.kept)
             load_policies(transformer, tensors)
             self.sentinel.rolled_back()
             logger.warning("epoch %d: rolled back to the state after epoch %d", epoch, step)
@@ -109,5 +110,6 @@ def build_held_out(cfg: DictConfig, stack: ExitStack) -> Reward | None:
     if not any(cfg.sentinel.held_out.values()):
         return None
     reward = cfg.reward.copy()
+    reward.of_edits = {}
     reward.of_images = {name: weight for name, weight in cfg.sentinel.held_out.items() if weight}
     return build_reward(reward, 1.0, 0.0, stack)

@@ -20,7 +20,7 @@ from clvr_train.pprl.rollout import NOT_JUDGED, Group, judge_missing, new_groups
 from clvr_train.pprl.tasks import Task, TaskMix, judgeable
 from clvr_train.pprl.waiting import wait_for_scores
 from clvr_train.proxy.prompts import read_proxy_prompts
-from clvr_train.rewards.combine import Judge, simple_prompt, trajectory_reward
+from clvr_train.rewards.combine import simple_prompt
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.process import Deferral
 from clvr_train.shapes.controller import make_trajectories
@@ -31,7 +31,7 @@ from recipes._services import Reward
 logger = logging.getLogger(__name__)
 
 
-def build_tasks(cfg: DictConfig, judge: Judge) -> list[Task]:
+def build_tasks(cfg: DictConfig, reward: Reward, world: World) -> list[Task]:
     """The contexts to draw from with the prompts of `reward`; with `reward.screen` those are left out whose prompt the
     judge cannot read.
     """
@@ -52,7 +52,9 @@ def build_tasks(cfg: DictConfig, judge: Judge) -> list[Task]:
     if not cfg.reward.screen:
         logger.info("%d steps with a prompt", len(tasks))
         return tasks
-    readable = judgeable(tasks, lambda generation, task: trajectory_reward(judge, generation, task.prompt))
+    readable = judgeable(tasks, reward, world, reward.workers)
+    if len(readable) < len(tasks) and not all(world.gather(reward.healthy())):
+        raise ValueError("reward.screen=true: a judge is away; start it, and run the same command again")
     logger.info("%d steps with a prompt, %d that the judge can read", len(tasks), len(readable))
     return readable
 
@@ -85,10 +87,13 @@ class Rollouts:
     def __init__(self, cfg: DictConfig, run: Path, reward: Reward, sampler: Sampler, world: World) -> None:
         self.cfg, self.reward, self.sampler, self.world = cfg, reward, sampler, world
         self._ledger = Ledger(run / "ledger", cfg.ledger.max_gb)
+        if world.first:
+            self._ledger.sweep()
+        world.barrier()
         self._source = None if cfg.replay is None else Ledger(ledger_folder(cfg.replay), math.inf)
         if cfg.rejudge and self._source is None:
             raise ValueError("rejudge=true: needs replay=...")
-        tasks = build_tasks(cfg, reward.judge)
+        tasks = build_tasks(cfg, reward, world)
         self.tasks, self.validation = hold_back(tasks, cfg.merged.num if cfg.merged.every else 0, cfg.seed)
         if self._source is None:
             self._mix = TaskMix(self.tasks, t2i_share=cfg.pprl.t2i_share, seed=cfg.seed)
@@ -96,10 +101,13 @@ class Rollouts:
         self._by_key: dict[tuple[str, int], list[Task]] = {}
         for task in tasks:
             self._by_key.setdefault(task.sample.key, []).append(task)
-        self._epochs = self._source.epochs()
+        self._epochs = [epoch for epoch in self._source.epochs() if self._source.whole(epoch)]
+        if len(self._epochs) < len(self._source.epochs()):
+            logger.warning("%s: epochs that are not whole are left out", self._source.folder)
         if len(self._epochs) < cfg.pprl.epochs:
             raise ValueError(
-                f"replay={cfg.replay}: its ledger has {len(self._epochs)} epochs, and pprl.epochs={cfg.pprl.epochs}"
+                f"replay={cfg.replay}: its ledger has {len(self._epochs)} whole epochs, and "
+                f"pprl.epochs={cfg.pprl.epochs}"
             )
 
     def of_epoch(self, epoch: int) -> tuple[list[Group], list[Group]]:
@@ -110,8 +118,11 @@ class Rollouts:
         tasks = self._mix.groups(epoch, rollout.groups)
         groups = new_groups(tasks, group_size=rollout.group_size, run_seed=self.cfg.seed, epoch=epoch)
         own = self.world.share(groups)
-        left = self._ledger.resume(epoch, own, self._settings())
-        show(self.sampler, [group for group in own if group not in left])
+        self._settings = self._drawn_with()
+        left = self._ledger.resume(epoch, own, self._settings)
+        kept = [group for group in own if group not in left]
+        show(self.sampler, kept)
+        judge_missing([g for g in kept if NOT_JUDGED in g.scores], self.reward, self.reward.workers)
         roll_out(self.sampler, left, self.reward, self.reward.workers)
         return groups, own
 
@@ -119,19 +130,30 @@ class Rollouts:
         where = f"{self._source.folder}: epoch {self._epochs[epoch]}"
         entries = self._source.entries(self._epochs[epoch])
         groups = [replayed(entry, self._by_key, where) for entry in entries]
+        self._settings = entries[0]["settings"]
+        wanted = {name: value for name, value in self._drawn_with().items() if name not in ("policy", "cfg")}
+        for name, value in wanted.items():
+            if self._settings[name] != value:
+                raise ValueError(f"{where}: drawn with {name}={self._settings[name]}, and this run has {value}")
         own = self.world.share(groups)
         for group, entry in zip(own, self.world.share(entries), strict=True):
             group.x0 = self._source.tokens(entry)
             if group.x0 is None:
                 raise ValueError(f"{where}: group {group.place} has no tokens any more")
-            if self.cfg.rejudge:
-                group.scores = [NOT_JUDGED] * group.size
         show(self.sampler, own)
-        judge_missing(own, self.reward, self.reward.workers)
+        if self.cfg.rejudge:
+            for group in own:
+                group.scores = [NOT_JUDGED] * group.size
+            judge_missing(own, self.reward, self.reward.workers)
         return groups, own
 
     def wait(self, own: Sequence[Group], save: Callable[[], None], sigterm: Deferral) -> bool:
-        """As `pprl.waiting.wait_for_scores`: whether enough of the rollouts are judged, or the run is to end first."""
+        """As `pprl.waiting.wait_for_scores`: whether enough of the rollouts are judged, or the run is to end first. The
+        scores of a replay are what they are.
+        """
+        if self._source is not None and not self.cfg.rejudge:
+            return True
+        clients = bool(self.reward.clients)
         return wait_for_scores(
             own,
             self.reward,
@@ -142,18 +164,17 @@ class Rollouts:
             wait_s=self.cfg.reward.wait_s,
             workers=self.reward.workers,
             world=self.world,
+            unusable=(lambda: self.reward.counts()["judge_unusable"]) if clients else None,
         )
 
-    def keep(self, epoch: int, groups: Sequence[Group]) -> None:
-        """Writes this rank's groups into the ledger as they are now."""
-        self._ledger.write(epoch, groups, self._settings())
+    def keep(self, epoch: int, own: Sequence[Group], total: int) -> None:
+        """Writes this rank's groups, of so many in all, into the ledger as they are now."""
+        self._ledger.write(epoch, own, self._settings, total)
         if self.world.first:
             self._ledger.prune()
 
-    def _settings(self) -> dict[str, Any]:
+    def _drawn_with(self) -> dict[str, Any]:
         """What the rollouts of the policy as it is now depend on."""
-        if self._source is not None:
-            return {"replay": str(self._source.folder)}
         klein, sampler = self.sampler.conditioner.klein, self.sampler
         return {
             "policy": policy_hash(adapter_weights(klein.transformer, OLD)),

@@ -24,7 +24,6 @@ from clvr_train.method.nft import blend_, old_decay
 from clvr_train.models.adapters import (
     AVERAGE,
     OLD,
-    POLICY,
     add_policies,
     fold,
     in_float32,
@@ -103,16 +102,16 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
             world.phase = f"epoch {epoch + 1}: rollouts"
             with clock.phase("rollouts"):
                 groups, own = rollouts.of_epoch(epoch)
-                rollouts.keep(epoch, own)
+                rollouts.keep(epoch, own, len(groups))
             with clock.phase("waiting"):
                 judged = rollouts.wait(own, partial(save, epoch), sigterm)
             if not judged:
-                rollouts.keep(epoch, own)
+                rollouts.keep(epoch, own, len(groups))
                 sigterm.asked()
                 sigterm.deliver()
             gather_scores(groups, own, world)
             set_advantages(groups, **chosen(cfg.pprl, "std", "adv_clip_max", "min_valid"), mix=cfg.reward.mix)
-            rollouts.keep(epoch, own)
+            rollouts.keep(epoch, own, len(groups))
             items = training_items(groups, times, run_seed=cfg.seed, epoch=epoch, **timing)
             counts = summed(world, reward.counts())
             values = rollout_metrics(groups) | reward_statistics(groups) | counts | judge_latency(counts)
@@ -126,8 +125,9 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
             decay = old_decay(engine.steps, cfg.pprl.old_schedule)
             with clock.phase("sentinel"):
                 values |= guard.look(epoch + 1, groups, values, decay)
-            blend_(parameters(transformer, OLD), parameters(transformer, POLICY), decay)
-            blend_(parameters(transformer, AVERAGE), parameters(transformer, POLICY), cfg.pprl.average_decay)
+            policy = engine.trained()
+            blend_(parameters(transformer, OLD), policy, decay)
+            blend_(parameters(transformer, AVERAGE), policy, cfg.pprl.average_decay)
             if world.first:
                 grid = record.write(epoch + 1, groups, images=(epoch + 1) % cfg.pprl.grid_every == 0)
                 if grid is not None and cfg.logger.wandb:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clvr_train.data.images import sample_hash
 from clvr_train.method.score import Score
-from clvr_train.pprl.rollout import Group
+from clvr_train.pprl.rollout import NOT_JUDGED, Group
 from clvr_train.pprl.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -50,22 +50,25 @@ class Ledger:
     def __init__(self, folder: Path, max_gb: float) -> None:
         self.folder, self._max_bytes = folder, max_gb * 1e9
 
-    def write(self, epoch: int, groups: Sequence[Group], settings: Mapping[str, Any]) -> None:
-        """Keeps groups as they are now, over what there was of them; `settings` are what they were drawn with."""
+    def write(self, epoch: int, groups: Sequence[Group], settings: Mapping[str, Any], total: int) -> None:
+        """Keeps groups as they are now, over what there was of them; `settings` are what they were drawn with, `total`
+        the number of groups of their epoch.
+        """
         if not self._max_bytes:
             return
         folder = self.folder / f"epoch-{epoch:05d}"
         for path in (folder, self.folder / OBJECTS):
             path.mkdir(parents=True, exist_ok=True)
         for group in groups:
-            content = safetensors.torch.save({"x0": group.x0.contiguous()})
-            name = hashlib.sha256(content).hexdigest()
-            stored = self._stored(name)
-            if not stored.exists():
-                _put(stored, content)
+            if not group.stored:
+                content = safetensors.torch.save({"x0": group.x0.contiguous()})
+                group.stored = hashlib.sha256(content).hexdigest()
+                if not self._stored(group.stored).exists():
+                    _put(self._stored(group.stored), content)
             entry = {
                 "epoch": epoch,
                 "place": group.place,
+                "groups": total,
                 "trajectory": group.task.sample.trajectory_id,
                 "step": group.task.sample.step,
                 "conditions": sample_hash(group.task.sample),
@@ -74,7 +77,7 @@ class Ledger:
                 "idx": group.task.prompt.idx,
                 "settings": dict(settings),
                 "seeds": group.seeds,
-                "x0": name,
+                "x0": group.stored,
                 "nfe": group.nfe,
                 "scores": [asdict(score) for score in group.scores],
                 "advantages": group.advantages,
@@ -95,8 +98,13 @@ class Ledger:
                 logger.warning("%s: not read (%s)", path, error)
         return found
 
+    def whole(self, epoch: int) -> bool:
+        """Whether all groups of an epoch are there."""
+        entries = self.entries(epoch)
+        return bool(entries) and len(entries) == entries[0]["groups"]
+
     def epochs(self) -> list[int]:
-        """The epochs of which there are entries, in order."""
+        """The epochs of which there may be entries, in order."""
         found = (_EPOCH.fullmatch(path.name) for path in self.folder.glob("epoch-*"))
         return sorted(int(match[1]) for match in found if match)
 
@@ -113,8 +121,8 @@ class Ledger:
             return None
 
     def resume(self, epoch: int, groups: Sequence[Group], settings: Mapping[str, Any]) -> list[Group]:
-        """Fills in those groups that were drawn and judged before, of the same conditions and with the same `settings`,
-        and returns the others.
+        """Fills in those groups that were drawn before, of the same conditions and with the same `settings`, and
+        returns the others. Scores of another prompt are left out.
         """
         by_place = {entry["place"]: entry for entry in self.entries(epoch)} if self._max_bytes else {}
         left = []
@@ -125,6 +133,9 @@ class Ledger:
                 left.append(group)
                 continue
             fill(group, entry, self.tokens(entry))
+            prompt = group.task.prompt
+            if [prompt.p_t2i, prompt.p_i2i, list(prompt.idx)] != [entry["p_t2i"], entry["p_i2i"], entry["idx"]]:
+                group.scores = [NOT_JUDGED] * group.size
             if group.x0 is None:
                 self._stored(entry["x0"]).unlink(missing_ok=True)  # so that it is written again
                 left.append(group)
@@ -142,15 +153,24 @@ class Ledger:
         for epoch in epochs[:-1]:
             if sum(sizes.values()) <= self._max_bytes:
                 break
-            shutil.rmtree(self.folder / f"epoch-{epoch:05d}")
             for name in [name for name, last in used.items() if last == epoch and name in sizes]:
                 self._stored(name).unlink()
                 del sizes[name]
+            shutil.rmtree(self.folder / f"epoch-{epoch:05d}")
+
+    def sweep(self) -> None:
+        """Removes what no entry names: left by a kill, or by an epoch that was drawn again otherwise."""
+        named = {entry["x0"] for epoch in self.epochs() for entry in self.entries(epoch)}
+        for path in (self.folder / OBJECTS).glob("*"):
+            if path.suffix == ".tmp" or path.stem not in named:
+                path.unlink()
+        for path in self.folder.glob("epoch-*/*.tmp"):
+            path.unlink()
 
 
 def fill(group: Group, entry: Mapping[str, Any], x0: Tensor | None) -> None:
     """Gives a group what an entry holds of it."""
-    group.x0, group.nfe = x0, entry["nfe"]
+    group.x0, group.nfe, group.stored = x0, entry["nfe"], "" if x0 is None else entry["x0"]
     group.scores = [Score(**score) for score in entry["scores"]]
 
 

@@ -29,7 +29,7 @@ RewardFunction = Callable[[Generation, Task], Score]
 class Group:
     """The rollouts of one task, the `place`-th of its epoch: the seeds of their noise and their scores; advantages and
     r once the epoch is judged. `x0` (G, N, C) and images are there on the rank that has drawn them. `nfe` counts
-    the network evaluations that they took.
+    the network evaluations that they took; `stored` names the tokens in the ledger, once they are there.
     """
 
     place: int
@@ -41,6 +41,7 @@ class Group:
     advantages: list[float | None] = field(default_factory=list)
     r: list[float | None] = field(default_factory=list)
     nfe: int = 0
+    stored: str = ""
 
     @property
     def size(self) -> int:
@@ -64,7 +65,7 @@ def roll_out(sampler: Sampler, groups: Sequence[Group], reward: RewardFunction, 
     places = [(group, k) for group in groups for k in range(group.size)]
     samples = [group.task.sample for group, _ in places]
     for group in groups:
-        group.scores = [NOT_JUDGED] * group.size
+        group.scores, group.stored = [NOT_JUDGED] * group.size, ""
         group.images = [None] * group.size
         group.nfe = sampler.nfe_per_image * group.size
     x0: dict[int, Tensor] = {}
@@ -116,10 +117,14 @@ def missing_share(groups: Sequence[Group], world: World | None = None) -> float:
 
 def gather_scores(groups: Sequence[Group], own: Sequence[Group], world: World) -> None:
     """Gives every rank the scores of all groups; `own` are those that this rank has judged."""
-    told = world.gather([[group.place, group.nfe, [asdict(score) for score in group.scores]] for group in own])
-    by_place = {place: (nfe, scores) for rank in told for place, nfe, scores in rank}
+    told = world.gather(
+        [[group.place, group.task.sample.key, group.nfe, [asdict(score) for score in group.scores]] for group in own]
+    )
+    by_place = {place: rest for rank in told for place, *rest in rank}
     for group in groups:
-        group.nfe, scores = by_place[group.place]
+        key, group.nfe, scores = by_place[group.place]
+        if tuple(key) != group.task.sample.key:
+            raise RuntimeError(f"group {group.place}: ranks have different tasks, {key} and {group.task.sample.key}")
         group.scores = [Score(**score) for score in scores]
 
 

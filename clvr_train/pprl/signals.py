@@ -176,7 +176,7 @@ class Probe:
 
     @torch.no_grad()
     def pictures(
-        self, reward: RewardFunction, held_out: RewardFunction | None = None, workers: int = 0
+        self, reward: RewardFunction, held_out: RewardFunction | None = None, workers: tuple[int, int] = (0, 0)
     ) -> dict[str, float]:
         """What the policy draws now against what the reference drew with the same noise, over the pictures that have
         both scores.
@@ -186,7 +186,7 @@ class Probe:
         the policy's pictures over that of the reference's.
 
         Args:
-            workers: how many pictures are judged at a time; 0 for one after the other.
+            workers: how many pictures each of the two judges at a time; 0 for one after the other.
         """
         rows: list[dict[str, float]] = []
         for part in self._parts:
@@ -218,16 +218,16 @@ class Probe:
         images: Sequence[Image],
         reward: RewardFunction,
         held_out: RewardFunction | None,
-        workers: int,
+        workers: tuple[int, int],
     ) -> list[tuple[Score, Score | None]]:
         drawn = [
             (Generation(task.sample, image, self._noise(task)), task)
             for task, image in zip(tasks, images, strict=True)
         ]  # fmt: skip
-        first = score_all(lambda pair: reward(*pair), drawn, workers)
+        first = score_all(lambda pair: reward(*pair), drawn, workers[0])
         if held_out is None:
             return [(score, None) for score in first]
-        return list(zip(first, score_all(lambda pair: held_out(*pair), drawn, workers), strict=True))
+        return list(zip(first, score_all(lambda pair: held_out(*pair), drawn, workers[1]), strict=True))
 
 
 def _change(name: str, before: Score | None, now: Score | None) -> dict[str, float]:

@@ -8,6 +8,8 @@ from clvr_train.data.images import open_image
 from clvr_train.data.mixing import Shares, step_class, step_weights
 from clvr_train.method.score import Generation, ProxyPrompt, Score
 from clvr_train.method.trajectory import Sample
+from clvr_train.rewards.combine import score_all
+from clvr_train.runtime.distributed import World
 from clvr_train.runtime.seeding import seed as position_seed
 
 
@@ -19,16 +21,20 @@ class Task:
     prompt: ProxyPrompt
 
 
-def judgeable(tasks: Sequence[Task], reward: Callable[[Generation, Task], Score]) -> list[Task]:
+def judgeable(
+    tasks: Sequence[Task], reward: Callable[[Generation, Task], Score], world: World | None = None, workers: int = 0
+) -> list[Task]:
     """The tasks whose own target image gets a score: a prompt that the judge cannot read would only give missing
-    ones.
+    ones. Ranks share the asking, `workers` tasks at a time on each, so that all have the same answer.
     """
-    kept = []
-    for task in tasks:
-        demonstration = Generation(task.sample, open_image(task.sample.target), ("target", *task.sample.key))
-        if not reward(demonstration, task).missing:
-            kept.append(task)
-    return kept
+    world = world or World()
+
+    def score(task: Task) -> Score:
+        return reward(Generation(task.sample, open_image(task.sample.target), ("target", *task.sample.key)), task)
+
+    readable = [not found.missing for found in score_all(score, world.share(tasks), workers)]
+    told = [one for rank in world.gather(readable) for one in rank]
+    return [task for task, one in zip(tasks, told, strict=True) if one]
 
 
 class TaskMix:

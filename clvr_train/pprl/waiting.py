@@ -22,6 +22,7 @@ def wait_for_scores(
     wait_s: float = 30.0,
     workers: int = 0,
     world: World | None = None,
+    unusable: Callable[[], float] | None = None,
 ) -> bool:
     """Returns once no more than a share `max_missing` of the rollouts lack a score; False if the run is to end first.
     `groups` are those of this rank; all ranks wait together.
@@ -30,15 +31,19 @@ def wait_for_scores(
     two looks at them lie `wait_s` seconds. A run that is ended meanwhile goes on with the same rollouts, from the
     ledger or drawn again, and what was judged of them comes from there, or from the cache of replies.
 
+    Args:
+        unusable: how many replies so far were no scores: a try in which no more came up than before says nothing
+            against the judges, who were away again. None: every try counts.
+
     Raises:
         ValueError: judges that are healthy have given no better scores `MAX_TRIES` times.
     """
     world = world or World()
-    tries = 0
+    tries, waited = 0, False
     while (share := missing_share(groups, world)) > max_missing:
         own = next((score.reason for group in groups for score in group.scores if score.missing), "")
         reason = next(filter(None, world.gather(own)))
-        if tries == 0:
+        if not waited:
             logger.warning("%.3g of the scores are missing (%s); waiting for the judges", share, reason)
             save()
         if tries == MAX_TRIES:
@@ -46,15 +51,17 @@ def wait_for_scores(
                 f"{100 * share:.0f} % of the scores are missing, more than max_missing={max_missing:g}, although the "
                 f"judges answer: {reason}"
             )
-        pause_s = wait_s if tries else 0.0
+        pause_s = wait_s if waited else 0.0
         while True:
             if any(world.gather(_sleep(pause_s, ended))):
                 return False
             if all(world.gather(healthy())):
                 break
             pause_s = wait_s
-        tries += 1
+        before = unusable() if unusable else -1.0
         judge_missing(groups, reward, workers)
+        waited = True
+        tries += any(world.gather((unusable() if unusable else 0.0) > before))
     return True
 
 

@@ -108,9 +108,9 @@ class Saver:
         if under_way is not None:
             under_way.result()
 
-    def load(self) -> tuple[int, Mapping[str, Tensor], dict[str, Any]] | None:
+    def load(self, newest: int | None = None) -> tuple[int, Mapping[str, Tensor], dict[str, Any]] | None:
         """As `load_latest`, with the work of verifying shared among the ranks; all take the same step."""
-        return load_latest(self._folder, self._group)
+        return load_latest(self._folder, self._group, newest)
 
     def __enter__(self) -> "Saver":
         return self
@@ -149,9 +149,9 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def load_latest(
-    folder: Path, group: ProcessGroup | None = None
+    folder: Path, group: ProcessGroup | None = None, newest: int | None = None
 ) -> tuple[int, Mapping[str, Tensor], dict[str, Any]] | None:
-    """The newest step that is whole, as (step, its tensors, state); `None` if nothing was ever saved.
+    """The newest step that is whole, none after `newest`, as (step, its tensors, state); `None` if there is none.
 
     A damaged newest step is reported in the log and the one before it is taken.
 
@@ -161,7 +161,7 @@ def load_latest(
     """
     damaged: list[CheckpointError] = []
     rank, world = _place(group)
-    steps = _steps(Path(folder))
+    steps = [(step, path) for step, path in _steps(Path(folder)) if newest is None or step <= newest]
     seen = _exchange(" ".join(path.name for _, path in steps) or "none", group)
     if len(set(seen)) > 1:
         raise CheckpointError(f"{folder}: ranks see different steps ({', '.join(seen)}): all nodes must share it")

@@ -230,15 +230,16 @@ class Engine:
         parameter = self._plain.get_parameter(name)
         return getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 there is only a part of it
 
-    def resume(self, saver: Saver) -> tuple[int, dict[str, Tensor]] | None:
-        """Takes over the newest whole checkpoint and returns its step and what was `extra`; None if there is none.
+    def resume(self, saver: Saver, newest: int | None = None) -> tuple[int, dict[str, Tensor]] | None:
+        """Takes over the newest whole checkpoint, of no step after `newest`, and returns its step and what was `extra`;
+        None if there is none.
 
         Raises:
             CheckpointError: the checkpoint is of other parameters.
         """
         self.world.phase = "resuming"
         self._reserve(saver)
-        saved = saver.load()
+        saved = saver.load(newest)
         if saved is None:
             return None
         step, tensors, counts = saved
@@ -256,6 +257,12 @@ class Engine:
         mine = f"{RNG}{self.world.rank}."
         set_rng_state({name.removeprefix(mine): tensors[name] for name in tensors if name.startswith(mine)})
         return step, {name.removeprefix(EXTRA): tensors[name] for name in tensors if name.startswith(EXTRA)}
+
+    def trained(self) -> list[Tensor]:
+        """The trained weights, whole, in the precision in which they are trained, in the module's order; all ranks
+        ask.
+        """
+        return [self._backend.weight(name) for name in self._trained]
 
     def full_weights(self, average: bool = False) -> dict[str, Tensor]:
         """The module's whole state dict on the CPU for rank 0, trained weights in the precision in which they are

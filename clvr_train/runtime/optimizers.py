@@ -121,7 +121,8 @@ def moments(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def set_moments(optimizer: Optimizer, parameter: Tensor, saved: Mapping[str, Tensor]) -> None:
-    """The inverse of `moments`, for an optimiser that has made no step; without `saved` there is nothing to set."""
+    """The inverse of `moments`; without `saved` as before the first step."""
+    optimizer.state.pop(parameter, None)
     if not saved:
         return
     if not isinstance(optimizer, torch.optim.AdamW | AdamWBf16):

@@ -107,8 +107,7 @@ class ZeroBackend:
         parameter, utils = self.parameters[name], self._deepspeed.utils
         with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
             parameter.copy_(weight)
-        if saved:
-            self._begin(saved["step"])
+        self._begin(saved.get("step"))
         parts = {None: weight} | {kind: saved[kind] for kind in MOMENTS if kind in saved}
         for kind, value in parts.items():
             value = value.to(self._world.device, torch.float32)
@@ -128,10 +127,17 @@ class ZeroBackend:
         padded = torch.nn.functional.pad(value.flatten(), (0, size * self._world.size - value.numel()))
         return padded.narrow(0, size * self._world.rank, size)
 
-    def _begin(self, step: Tensor) -> None:
-        """Makes the optimiser's state as after so many steps, with moments of 0; nothing if there is one."""
+    def _begin(self, step: Tensor | None) -> None:
+        """Makes the optimiser's state as after so many steps; without one as before the first. Moments that it makes
+        are 0, those that are there already stay if there is a step: they are set one parameter after the other.
+        """
         optimizer = self._zero.optimizer
-        if optimizer.state:
+        for state in optimizer.state.values():
+            made = 0 if step is None else int(step)
+            state["step"] = state["step"].fill_(made) if isinstance(state["step"], Tensor) else made
+            for kind in MOMENTS if step is None else ():
+                state[kind].zero_()
+        if optimizer.state or step is None:
             return
         third = self._stage == 3
         flat = self._zero.fp32_partitioned_groups_flat if third else self._zero.single_partition_of_fp32_groups

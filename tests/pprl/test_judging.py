@@ -124,6 +124,15 @@ def test_a_run_that_is_to_end_does_not_wait():
     assert judges.saved == 1 and time.monotonic() - start < 2
 
 
+def test_judges_that_are_away_again_are_waited_for():
+    """They are healthy whenever they are looked at, and answer only the sixth time: no reply that was no score."""
+    judges = Judges(looks=1, answer=lambda generation, task: by_seed(generation, task) if judges.asked > 5 else DOWN)
+    groups = [group("a", [DOWN])]
+    assert wait_for_scores(groups, judges.reward, max_missing=0.0, healthy=judges.healthy, save=judges.save,
+                           ended=lambda: False, wait_s=0.01, unusable=lambda: 0.0)  # fmt: skip
+    assert judges.asked == 6 > MAX_TRIES and judges.saved == 1 and not groups[0].scores[0].missing
+
+
 def test_healthy_judges_that_give_no_scores_end_the_run():
     judges = Judges(looks=1, answer=lambda generation, task: Score(None, "reply: not the three lines"))
     with pytest.raises(ValueError, match=r"100 % of the scores are missing, .*judges answer: reply: not the three"):

@@ -13,15 +13,18 @@ from PIL import Image
 from clvr_train.data.refusals import Refusals
 from clvr_train.data.sharegpt import write_trajectories
 from clvr_train.method.trajectory import Step, Trajectory
+from clvr_train.runtime.distributed import World
 from clvr_train.shapes.base import captions
 from clvr_train.shapes.judge import ShapesJudge
 from clvr_train.shapes.render import render
 from recipes._data import read_batches, read_sources, sample_order
-from recipes.train_pprl import build_tasks
+from recipes._rollouts import build_tasks
+from recipes._services import Reward
 from tests.data.corpora import fine_t2i_record, flux_reason_rows, picture, write_flux_reason, write_tar
 from tests.recipes.conftest import ROOT
 
 NUM = 8
+REWARD = Reward(ShapesJudge(), 0, {}, ())
 GOALS = list(captions(NUM, seed=5, weights={"description": 0, "goal": 1, "edit": 0}))
 
 
@@ -109,14 +112,14 @@ def test_captions_are_prompts_for_rl(corpora: Path) -> None:
     for form in ("flux_reason", "fine_t2i"):
         prompts = [f"data.prompts.folder={corpora / form}", f"data.prompts.format={form}"]
         cfg = config("train_pprl", "data.folder=null", *prompts)
-        tasks = build_tasks(cfg, ShapesJudge())
+        tasks = build_tasks(cfg, REWARD, World())
         assert [task.sample.goal for task in tasks] == [task.prompt.p_t2i for task in tasks] == [g.text for g in GOALS]
         assert all(task.prompt.p_i2i is None and not task.sample.references for task in tasks)
     cfg.data.prompts.folder = str(corpora / "bad.tar")
     with pytest.raises(ValueError, match="bad.tar:6: json: not a line of JSON"):
-        build_tasks(cfg, ShapesJudge())
+        build_tasks(cfg, REWARD, World())
     cfg.data.max_refused = 0.25  # the damaged image too is found at the start
-    assert len(build_tasks(cfg, ShapesJudge())) == NUM - 2
+    assert len(build_tasks(cfg, REWARD, World())) == NUM - 2
 
 
 def test_train_dit_trains_on_a_corpus(corpora: Path, run_recipe) -> None:

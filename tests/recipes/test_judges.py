@@ -132,7 +132,8 @@ def pprl(server, run, *more):
     return [f"run={run}", "data.folder=runs/data", "model.folder=base", *TINY, "pprl.epochs=2", "rollout.groups=4",
             "rollout.group_size=3", "rollout.steps=2", "rollout.cfg=1.0", "pprl.save_every=1", "reward=unified_reward",
             f"reward.unified_reward.url={server.url}", f"reward.unified_reward_edit.url={server.url}",
-            "reward.chat.backoff_s=0.01", "reward.chat.retries=0", "reward.wait_s=0.2", *more]  # fmt: skip
+            "reward.chat.backoff_s=0.01", "reward.chat.retries=0", "reward.wait_s=0.2", "sentinel.probe=0",
+            *more]  # fmt: skip
 
 
 def weights(folder, run):

@@ -46,15 +46,21 @@ def whole(here):
     return here / "whole"
 
 
+def on_two_ranks(folder, *overrides):
+    """Runs train_pprl on two processes and returns the exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "recipes" / "train_pprl.py"), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    sys.stderr.write(result.stderr[-3000:])
+    return result.returncode
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_two_processes_train_what_one_does(whole, world, engine):
     """Three groups: one rank has two of them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "recipes" / "train_pprl.py"), *COMMON, f"run={engine}", f"engine={engine}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
     run = world / "runs" / engine
+    assert on_two_ranks(world, *COMMON, f"run={engine}", f"engine={engine}") == 0
     moved = max(tensor.abs().max().item() for name, tensor in lora(whole).items() if "lora_B" in name)
     assert apart(lora(whole), lora(run)) < ATOL < 0.05 * moved
     for ours, theirs in zip(unmeasured(lines(whole)), unmeasured(lines(run)), strict=True):
@@ -108,7 +114,7 @@ def test_a_run_is_trained_again_from_its_ledger_without_a_rollout(whole, here, m
     assert apart(lora(whole), lora(here / "rejudged")) == 0
     assert apart(lora(whole), lora(here / "other_judge")) > 0
     for command, message in (
-        (["run=long", "replay=runs/whole", "pprl.epochs=9"], "its ledger has 3 epochs, and pprl.epochs=9"),
+        (["run=long", "replay=runs/whole", "pprl.epochs=9"], "its ledger has 3 whole epochs, and pprl.epochs=9"),
         (["run=none", "replay=runs/data"], "replay=runs/data: neither a run with a ledger nor a ledger"),
         (["run=alone", "rejudge=true"], "rejudge=true: needs replay=..."),
     ):
@@ -156,3 +162,17 @@ def test_what_plays_no_part_in_the_training_is_held_back(here):
     run = here / "healthy"
     assert [row["sentinel"] for row in lines(run)] == [0, 0, 0] and (run / "model").exists()
     assert (run / "healthy" / "latest").exists() and not (run / "sentinel.jsonl").exists()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_two_ranks_in_bfloat16_roll_back_together(here, world, engine):
+    """With guidance and the anchor in training, the probe, and the evaluation of the merge."""
+    distilled = f"merged.distilled={ROOT / 'models' / 'shapes' / 'distilled'}"
+    command = [*GUARDED, distilled, f"run=guarded_{engine}", "engine.precision=bf16", "pprl.cfg=2.0", "pprl.anchor=1.0"]
+    run = here / f"guarded_{engine}"
+    assert on_two_ranks(world, *command, f"engine={engine}", "sentinel.max_rollbacks=2", "pprl.epochs=6") == 0
+    rows = lines(run)
+    assert [row["sentinel"] for row in rows] == [0, 0, 1, 2, 0, 0]
+    assert [row["epoch"] for row in lines(run, "sentinel.jsonl")] == [3, 4]
+    assert all(row["grad_norm"] > 0 and row["skipped"] == 0 for row in rows) and (run / "model").exists()
+    assert len(list((run / "ledger" / "epoch-00005").glob("*.json"))) == 3

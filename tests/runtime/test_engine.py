@@ -226,3 +226,29 @@ def test_a_lock_that_deepspeed_would_wait_for_is_named(tmp_path, monkeypatch, ca
     monkeypatch.setenv("LOCAL_RANK", "0")
     zero._import("zero1", World())
     assert f"{lock}: DeepSpeed waits" in caplog.text
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16"])
+@pytest.mark.parametrize("saved_after", [0, 2])
+def test_going_back_forgets_what_the_optimizer_has_learnt_since(tmp_path, optimizer, saved_after):
+    """As a roll-back does: the steps after it are those after the save, also if that was before the first step."""
+
+    def step(engine, number):
+        inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+        engine.backward(engine.module(inputs).square().sum())
+        engine.step()
+
+    torch.manual_seed(0)
+    engine = Engine(torch.nn.Linear(3, 2), lr=0.1, total_steps=9, optimizer=optimizer)
+    with Saver(tmp_path) as saver:
+        for number in range(saved_after):
+            step(engine, number)
+        engine.save(saver, saved_after)
+        saver.wait()
+        found = []
+        for _ in range(2):
+            step(engine, 7)
+            found.append({name: tensor.clone() for name, tensor in engine.full_weights().items()})
+            step(engine, 8)
+            engine.resume(saver)
+    assert all(found[0][name].equal(found[1][name]) for name in found[0])
