@@ -75,8 +75,11 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
     sampler = Sampler(conditioner, **chosen(cfg.rollout, "steps", "solver", "cfg", "batch", "batched_cfg"))
     rollouts = Rollouts(cfg, run, reward, sampler, world)
     options = NFTOptions(**chosen(cfg.pprl, *NFTOptions.__dataclass_fields__))
+    mixing = chosen(cfg.pprl, "std", "adv_clip_max", "min_valid") | {"mix": cfg.reward.mix}
     timing = chosen(cfg.pprl, "num_times", "time_range", "stratified", "anchor_share")
     times = inference_times(math.prod(klein.grid(conditioner.size_px)), sampler.steps)[:-1].tolist()
+    set_advantages([], **mixing)  # what these refuse is refused before anything is drawn
+    training_items([], times, run_seed=cfg.seed, epoch=0, **timing)
     engine = build_policy_engine(transformer, world, cfg)
 
     with ExitStack() as stack:
@@ -110,7 +113,7 @@ def train(cfg: DictConfig, run: Path, reward: Reward, world: World) -> None:
                 sigterm.asked()
                 sigterm.deliver()
             gather_scores(groups, own, world)
-            set_advantages(groups, **chosen(cfg.pprl, "std", "adv_clip_max", "min_valid"), mix=cfg.reward.mix)
+            set_advantages(groups, **mixing)
             rollouts.keep(epoch, own, len(groups))
             items = training_items(groups, times, run_seed=cfg.seed, epoch=epoch, **timing)
             counts = summed(world, reward.counts())
