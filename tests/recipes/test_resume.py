@@ -21,7 +21,7 @@ DISTILL = ["experiment=shapes_distill", "model.folder=base", "data.captions=12",
            "train.batch=4", "train.substeps=1", "train.save_precision=fp32"]  # fmt: skip
 PPRL = ["experiment=shapes_pprl", "model.folder=base", "data.folder=runs/data", "pprl.epochs=6", "pprl.save_every=2",
         "rollout.groups=2", "rollout.group_size=3", "rollout.steps=2", "pprl.grid_every=3", "pprl.t2i_share=0.5",
-        "pprl.num_times=1", "pprl.time_range=[0,1]", "pprl.steps_per_epoch=2"]  # fmt: skip
+        "pprl.num_times=1", "pprl.time_range=[0,1]", "pprl.steps_per_epoch=2", "sentinel.probe=0"]  # fmt: skip
 
 
 def stop_at(sign, number, folder, recipe, overrides, run, meanwhile=lambda: None):
