@@ -113,10 +113,10 @@ class Sweep:
                     sys.stderr.write(chunk.decode("utf-8", "replace"))
                     sys.stderr.flush()
                 status = process.wait()
-            except BaseException:  # this process was asked to end: the job saves first
-                process.terminate()
-                sys.stderr.write(process.communicate()[1].decode("utf-8", "replace"))
-                raise
+            finally:
+                if process.poll() is None:  # this process was asked to end: the job saves first
+                    process.terminate()
+                    sys.stderr.write(process.communicate()[1].decode("utf-8", "replace"))
         said = re.findall(r"^error: (.*)$", tail.decode("utf-8", "replace").replace("\r", "\n"), re.MULTILINE)
         return "" if status == 0 else said[0] if said else f"exit status {status}"
 

@@ -2,10 +2,11 @@
 
 `reward=proxy` judges by the teacher's proxy prompts, `reward=simple` by the raw reasoning (the ablation); other groups
 of `conf/reward/` name other judges. Writes
-runs/<run>/{config.yaml, metrics.jsonl, rollouts.jsonl, samples/, ledger/, checkpoints/, lora/, model/}; `model/` is the
-diffusers folder with the LoRA folded in. On several GPUs: torchrun --standalone --nproc_per_node N
-recipes/train_pprl.py ... engine=ddp. `replay=runs/<other>` trains from the rollouts of another run, with `rejudge=true`
-judged again. To resume, run the same command again; the number of GPUs may be another.
+runs/<run>/{config.yaml, metrics.jsonl, rollouts.jsonl, samples/, ledger/, checkpoints/, lora/, model/}, and where the
+sentinel has something to say sentinel.jsonl and healthy/; `model/` is the diffusers folder with the LoRA folded in. On
+several GPUs: torchrun --standalone --nproc_per_node N recipes/train_pprl.py ... engine=ddp. `replay=runs/<other>`
+trains from the rollouts of another run, with `rejudge=true` judged again. To resume, run the same command again; the
+number of GPUs may be another.
 """
 
 import logging

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clvr_train.services.replies import strict_json
+from clvr_train.services.replies import is_unicode, strict_json
 
 MAX_LINE_BYTES = 1 << 20  # of one prompt with all that belongs to it; the longest of the five has 5 kB
 MAX_FILE_BYTES = 64 << 20
@@ -152,7 +152,7 @@ def value_of(row: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, kind) or isinstance(value, bool) or (kind is not int and not value):
         raise ValueError(f"{where}: {name}: {KINDS[kind]} is needed, got {repr(value)[:60]}")
-    if kind is str and ("\x00" in value or not _is_unicode(value)):
+    if kind is str and ("\x00" in value or not is_unicode(value)):
         raise ValueError(f"{where}: {name}: not Unicode text")
     return value
 
@@ -180,11 +180,3 @@ def _json(content: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -103,17 +103,23 @@ def use(transformer: Flux2Transformer2DModel, adapter: str | None) -> Iterator[N
 
 
 def fold(transformer: Flux2Transformer2DModel, adapter: str) -> dict[str, Tensor]:
-    """The state dict of the plain transformer with one adapter folded in: `W + scale B A`, in float32."""
-    state: dict[str, Tensor] = {}
-    for name, module in transformer.named_modules():
-        if adapter in getattr(module, "lora_A", {}):
-            a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
-            weight = module.base_layer.weight
-            state[f"{name}.weight"] = (weight.float() + module.scaling[adapter] * (b @ a)).to(weight.dtype)
+    """The state dict of the plain transformer with one adapter folded in, see `policy_weights`."""
+    return {name: tensor.clone() for name, tensor in policy_weights(transformer, adapter)}
+
+
+def policy_weights(transformer: torch.nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights with one adapter folded in, `W + scale B A` in float32, one by one under the plain transformer's
+    names.
+    """
+    layers = {name: module for name, module in transformer.named_modules() if adapter in getattr(module, "lora_A", {})}
     for name, tensor in transformer.state_dict().items():
-        if "lora_" not in name:
-            state.setdefault(name.replace(".base_layer.", "."), tensor)
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+        if "lora_" in name:
+            continue
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None and name.endswith(".base_layer.weight"):
+            a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+            tensor = (tensor.float() + layer.scaling[adapter] * (b @ a)).to(tensor.dtype)
+        yield name.replace(".base_layer.", "."), tensor.detach()
 
 
 def plain_copy(transformer: Flux2Transformer2DModel, state: dict[str, Tensor]) -> Flux2Transformer2DModel:

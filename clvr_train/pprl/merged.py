@@ -6,17 +6,16 @@ training is read and otherwise left alone.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from clvr_train.method.merge import merge_tensor
 from clvr_train.method.score import Generation, Score
-from clvr_train.models.adapters import AVERAGE
+from clvr_train.models.adapters import AVERAGE, policy_weights
 from clvr_train.models.conditioning import Conditioner, by_bucket
 from clvr_train.models.klein import check_kind, transformer_from
 from clvr_train.models.merge import Weights, open_sources
@@ -26,19 +25,6 @@ from clvr_train.pprl.tasks import Task
 from clvr_train.rewards.combine import score_all
 from clvr_train.runtime.distributed import World
 from clvr_train.runtime.seeding import seed as position_seed
-
-
-def policy_weights(transformer: torch.nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """The weights of `models.adapters.fold` one by one, without holding all of them: names of the plain transformer."""
-    layers = {name: module for name, module in transformer.named_modules() if adapter in getattr(module, "lora_A", {})}
-    for name, tensor in transformer.state_dict().items():
-        if "lora_" in name:
-            continue
-        layer = layers.get(name.removesuffix(".base_layer.weight"))
-        if layer is not None and name.endswith(".base_layer.weight"):
-            a, b = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
-            tensor = (tensor.float() + layer.scaling[adapter] * (b @ a)).to(tensor.dtype)
-        yield name.replace(".base_layer.", "."), tensor.detach()
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import httpx
 from PIL.Image import Image
 
 from clvr_train.services.options import ChatOptions, checked_url, key_of, retry_after_s
-from clvr_train.services.replies import ReplyCache, strict_json
+from clvr_train.services.replies import ReplyCache, is_unicode, strict_json
 
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise, through every progress bar
@@ -259,7 +259,7 @@ class ChatClient:
         finally:
             self._slots.put_nowait(client)
         text = message.get("content")
-        if isinstance(text, str) and not _is_unicode(text):
+        if isinstance(text, str) and not is_unicode(text):
             return "", "not Unicode text"
         if not isinstance(text, str):
             return "", f"refused: {message['refusal']}" if message.get("refusal") else "no text"
@@ -331,15 +331,6 @@ class ChatClient:
         """One short line without the key, which some servers repeat."""
         line = " ".join(text.encode("utf-8", "replace").decode().split())
         return (line.replace(self._key, "***") if self._key else line)[:200]
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a file can hold it: JSON can spell half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _whole(usage: Any, name: str) -> int:

@@ -109,3 +109,12 @@ class ReplyCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a file can hold it: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,12 +6,12 @@ from PIL import Image
 
 from clvr_train.method.score import ProxyPrompt, Score
 from clvr_train.method.trajectory import Sample
-from clvr_train.models.adapters import AVERAGE, POLICY, add_policies, fold, parameters, plain_copy
+from clvr_train.models.adapters import AVERAGE, POLICY, add_policies, fold, parameters, plain_copy, policy_weights
 from clvr_train.models.conditioning import Conditioner
 from clvr_train.models.klein import load_klein, save_klein
 from clvr_train.models.merge import Weights, merge_transformers, open_sources
 from clvr_train.models.sampler import Sampler
-from clvr_train.pprl.merged import MergedEvaluation, hold_back, merged_transformer, policy_weights
+from clvr_train.pprl.merged import MergedEvaluation, hold_back, merged_transformer
 from clvr_train.pprl.tasks import Task
 from clvr_train.runtime.distributed import World
 

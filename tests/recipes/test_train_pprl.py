@@ -164,13 +164,12 @@ def test_what_plays_no_part_in_the_training_is_held_back(here):
     assert (run / "healthy" / "latest").exists() and not (run / "sentinel.jsonl").exists()
 
 
-@pytest.mark.parametrize("engine", ["zero2"])
-def test_two_ranks_in_bfloat16_roll_back_together(here, world, engine):
+def test_two_ranks_in_bfloat16_roll_back_together(here, world):
     """With guidance and the anchor in training, the probe, and the evaluation of the merge."""
     distilled = f"merged.distilled={ROOT / 'models' / 'shapes' / 'distilled'}"
-    command = [*GUARDED, distilled, f"run=guarded_{engine}", "engine.precision=bf16", "pprl.cfg=2.0", "pprl.anchor=1.0"]
-    run = here / f"guarded_{engine}"
-    assert on_two_ranks(world, *command, f"engine={engine}", "sentinel.max_rollbacks=2", "pprl.epochs=6") == 0
+    command = [*GUARDED, distilled, "run=guarded_zero2", "engine.precision=bf16", "pprl.cfg=2.0", "pprl.anchor=1.0"]
+    run = here / "guarded_zero2"
+    assert on_two_ranks(world, *command, "engine=zero2", "sentinel.max_rollbacks=2", "pprl.epochs=6") == 0
     rows = lines(run)
     assert [row["sentinel"] for row in rows] == [0, 0, 1, 2, 0, 0]
     assert [row["epoch"] for row in lines(run, "sentinel.jsonl")] == [3, 4]
